@@ -13,6 +13,7 @@ Test: pytest tests/unit/test_baselines.py tests/programs/test_own_method.py
 import hashlib
 import sys
 import types
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,26 +21,15 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import kernels
-from orchmoe import (
-    Adapters,
-    Linears,
-    Method,
-    OrchMoE,
-    OrchMoEConfig,
-    Routing,
-    Skills,
-    attach,
-    embedding_width,
-    mix_factors,
-    target_linears,
-)
+from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, attach, target_linears
 from support import program
 from support.program import UserError
+from variants import VARIANTS, FactorSkills, TokenSkills
 
 # ------------------------------------------------------------------------------- the methods
 
 
-class LoRA(Method):
+class LoRA(Adapters):
     """One adapter of rank S R: y = W0 x + scale * B A x with A (SR,D) and B (SR,O).
 
     It starts as OrchMoE's skills do. Its scale is 1/S of theirs, so that OrchMoE with c = 1/S
@@ -49,55 +39,40 @@ class LoRA(Method):
 
     mixes_by_sample = False
 
-    def __init__(self, linears: Linears, skills: Skills, config: OrchMoEConfig, **_options: Any):
-        super().__init__()
-        A = skills[0]["skill_A"]  # of the first Linear
-        c = A.new_ones(len(linears), 1, 1)  # (N,1,1): there is one skill
-        self.register_buffer("c", c, persistent=False)
-
     @classmethod
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
         return 1, config.skills * config.rank
 
     def route(self, *_inputs: Any, **_options: Any) -> Routing:
-        return Routing(c=self.c, shared=True)
+        """Return c = 1 (N,1,1) for the one skill of each Linear."""
+        A = next(self.parameters())
+        return Routing(A.new_ones(len(self.skills), 1, 1), shared=True)
 
 
-class MoELoRA(Method):
+class MoELoRA(Adapters):
     """Experts mixed for each token: y = W0 x + scale * sum_s c_s B_s A_s x, c = softmax(W_task x).
 
-    W_task (S,D) of each Linear starts at N(0, 0.02²). There is no bias and no balance loss. The
-    softmax is computed in float32. This is OrchMoE's token router with K = S and Zhat = I, without
-    its bias.
+    This is OrchMoE's token router with K = S and Zhat = I, without its bias. There is no balance
+    loss.
     Source: MoLoRA, Zadouri et al. 2023, arXiv 2309.05444, whose experts are LoRA or (IA)^3.
     """
 
-    rates = Method.rates | {"skill_W_task": "token_router"}
+    skills_class = TokenSkills
+    rates = Adapters.rates | {"W_task": "token_router"}
     mixes_by_sample = False
 
-    def __init__(
-        self,
-        linears: Linears,
-        skills: Skills,
-        config: OrchMoEConfig,
-        *,
-        generator: Generator | None = None,
-        **_options: Any,
-    ):
-        super().__init__()
-        for attributes in skills:
-            A = attributes["skill_A"]
-            W_task = torch.empty(len(A), A.shape[-1]).normal_(0, 0.02, generator=generator)
-            attributes["skill_W_task"] = nn.Parameter(W_task.to(A))
-        A = skills[0]["skill_A"]
-        identity = torch.eye(len(A)).to(A).expand(1, len(linears), -1, -1)  # (1,N,S,S)
-        self.register_buffer("identity", identity, persistent=False)
+    def __init__(self, *inputs: Any, generator: Generator | None = None, **options: Any):
+        super().__init__(*inputs, generator=generator, **options)
+        for skills in self.skills.values():
+            skills.draw_router(self.config.skills, generator)
 
     def route(self, *_inputs: Any, **_options: Any) -> Routing:
-        return Routing(Zhat=self.identity, shared=True)
+        """Return a c (N,1,S) that no Linear reads, since each computes its own."""
+        A = next(self.parameters())
+        return Routing(A.new_ones(len(self.skills), 1, self.config.skills), shared=True)
 
 
-class Poly(Method):
+class Poly(Adapters):
     """Factors mixed by task: y = W0 x + scale * (sum_s c_s B_s) (sum_s c_s A_s) x.
 
         c = sigmoid(Z[task]), divided by its sum over the skills          (N,B,H,S)
@@ -111,38 +86,26 @@ class Poly(Method):
     on new tasks.
     """
 
-    rates = Method.rates | {"Z": "allocation"}
+    skills_class = FactorSkills
+    rates = Adapters.rates | {"Z": "allocation"}
     heads = 1  # H
     noisy = True  # whether Z gets noise in training
     private = 0  # how many of the S skills each task has for itself
 
     def __init__(
-        self,
-        linears: Linears,
-        skills: Skills,
-        config: OrchMoEConfig,
-        *,
-        num_tasks: int = 0,
-        generator: Generator | None = None,
-        **_options: Any,
+        self, *inputs: Any, num_tasks: int = 0, generator: Generator | None = None, **options: Any
     ):
-        super().__init__()
         if num_tasks < 1:
             raise ValueError(
                 f"{type(self).__name__} routes by task id: every JSONL row needs a `task`; give "
                 "it, or choose another method (in Python: num_tasks=)"
             )
-        for attributes in skills:
-            attributes["skill_mix"] = mix_factors if self.heads == 1 else kernels.mix_heads
-            # A head reads D/H inputs, so its part of A starts within sqrt(H/D), as in peft. With
-            # one head nothing changes.
-            attributes["skill_A"].data *= self.heads**0.5
-        S = config.skills - self.private
+        super().__init__(*inputs, num_tasks=num_tasks, generator=generator, **options)
+        N, S = len(self.skills), self.config.skills - self.private
         if self.noisy:
-            self.noise_shape = (len(linears), self.heads, S)
-        shape = (len(linears), num_tasks, self.heads, S)  # (N,T,H,S)
-        Z = torch.empty(shape).uniform_(-1e-3, 1e-3, generator=generator)
-        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))
+            self.noise_shape = (N, self.heads, S)
+        Z = torch.empty(N, num_tasks, self.heads, S).uniform_(-1e-3, 1e-3, generator=generator)
+        self.Z = nn.Parameter(Z.to(next(self.parameters())))
 
     def route(
         self,
@@ -170,7 +133,28 @@ class Poly(Method):
         c = torch.where(is_seen, seen, unseen)  # (N,B,H,S)
         if self.heads == 1:
             c = c.squeeze(2)
-        return Routing(c=c)
+        return Routing(c)
+
+
+class HeadSkills(FactorSkills):
+    """Skills whose factors are mixed by a c (B,H,S), which has weights for each of H heads.
+
+    Head h mixes its part of A, which reads D/H inputs, and its part of B, which writes O/H outputs.
+    A part of A starts within 1/sqrt(D/H), as in peft.
+    """
+
+    heads = 4  # H
+
+    def __init__(self, *inputs: Any):
+        super().__init__(*inputs)
+        self.A.data *= self.heads**0.5
+
+    def shape_of_c(self) -> tuple[int, ...]:
+        return self.heads, len(self.B)
+
+    def mixed_factors(self, factors: Tensor, c: Tensor) -> Tensor:
+        parts = factors.unflatten(-1, (self.heads, -1))  # (S,R,H,D/H)
+        return torch.einsum("bhs,srhd->brhd", c, parts).flatten(2)  # (B,R,D)
 
 
 class MHR(Poly):
@@ -182,7 +166,8 @@ class MHR(Poly):
     Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
     """
 
-    heads = 4
+    skills_class = HeadSkills
+    heads = HeadSkills.heads
 
 
 class CPoly(Poly):
@@ -200,17 +185,9 @@ class CPoly(Poly):
     rates = Poly.rates | {"Z_private": "allocation"}
     private = 1
 
-    def __init__(
-        self,
-        linears: Linears,
-        skills: Skills,
-        config: OrchMoEConfig,
-        *,
-        num_tasks: int = 0,
-        **options: Any,
-    ):
-        super().__init__(linears, skills, config, num_tasks=num_tasks, **options)
-        Z_private = torch.eye(num_tasks).repeat(len(linears), 1, 1)
+    def __init__(self, *inputs: Any, num_tasks: int = 0, **options: Any):
+        super().__init__(*inputs, num_tasks=num_tasks, **options)
+        Z_private = torch.eye(num_tasks).repeat(len(self.skills), 1, 1)
         self.Z_private = nn.Parameter(Z_private.to(self.Z))
 
     @classmethod
@@ -222,15 +199,15 @@ class CPoly(Poly):
         common = super().route(*inputs, task_ids=task_ids, **options).c  # (N,B,S-1)
         is_seen = (task_ids >= 0).unsqueeze(-1)  # (B,1)
         private = self.Z_private[:, task_ids.clamp(min=0)] * is_seen  # (N,B,T)
-        return Routing(c=torch.cat([common, private], dim=-1))
+        return Routing(torch.cat([common, private], dim=-1))
 
 
-class NoAdapter(Method):
+class NoAdapter(Adapters):
     """y = W0 x: the base without skills. Nothing trains."""
 
-    def route(self, *_inputs: Any, **_options: Any) -> Routing:
-        """Return an empty c."""
-        return Routing(c=torch.empty(0, 1, 0), shared=True)
+    def routed(self, *_inputs: Any, **_options: Any) -> AbstractContextManager[Routing]:
+        """Return a context in which nothing is routed."""
+        return nullcontext(Routing(torch.empty(0, 1, 0), shared=True))
 
 
 METHODS = {
@@ -241,12 +218,13 @@ METHODS = {
     "mhr": MHR,
     "c-poly": CPoly,
 }
+BUILT_IN = METHODS | VARIANTS
 
 
 # --------------------------------------------------------------------------- a method from a file
 
 # Those that `load_method` has loaded, by class name. `source` of each is the text of its flag.
-OWN_METHODS: dict[str, type[Method]] = {}
+OWN_METHODS: dict[str, type[Adapters]] = {}
 
 
 def load_method(text: str) -> str:
@@ -273,13 +251,14 @@ def load_method(text: str) -> str:
         code = compile(source, path, "exec")
     exec(code, vars(module))  # a bug in the file keeps its traceback
     method = getattr(module, name, None)
-    is_method = isinstance(method, type) and issubclass(method, Method)
-    if not is_method or method in (Method, *METHODS.values()):  # imported ones are not its own
+    is_method = isinstance(method, type) and issubclass(method, Adapters)
+    # An imported class is not its own: the lines below would change the built-in method.
+    if not is_method or method.__module__ != module.__name__:
         raise UserError(
-            f"{path}: defines no class {name} that is an orchmoe.Method; correct the file, or the "
-            "name behind the colon"
+            f"{path}: defines no class {name} that derives orchmoe.Adapters; correct the file, or "
+            "the name behind the colon"
         )
-    if name in METHODS:
+    if name in BUILT_IN:
         raise UserError(f"--method {text}: a built-in method has this name; rename the class")
     method.kind = f"{name} of {digest}"
     method.source = text
@@ -287,87 +266,35 @@ def load_method(text: str) -> str:
     return name
 
 
-@torch.no_grad()
-def require_routing(adapters: Adapters) -> None:
-    """Raise ValueError if `route` gives a wrong shape, or weights that depend on other samples.
-
-    Either could go unnoticed and make the results wrong. Two samples show it.
-    """
-    linear = next(iter(adapters.linears.values()))
-    A = linear.skill_A
-    if A.is_meta:  # `route` may look at values
-        return
-    width = embedding_width(adapters.module)
-    embeddings = torch.linspace(-1, 1, 2 * 3 * width).view(2, 3, width).to(A)
-    mask = torch.ones(2, 3, dtype=torch.bool, device=A.device)
-    task_ids = torch.tensor([0, -1], device=A.device)  # a training task, and an unseen one
-
-    def route(samples: slice) -> Routing:
-        return adapters.route(embeddings[samples], mask[samples], task_ids=task_ids[samples])
-
-    def weights(routing: Routing) -> Tensor:
-        """Return c (N,B,S), or Zhat (N,B,K,S) where each Linear computes c."""
-        return routing.Zhat.transpose(0, 1) if routing.c is None else routing.c
-
-    was_training = adapters.training
-    adapters.eval()  # no noise
-    both = route(slice(0, 2))
-    second = route(slice(1, 2))
-    adapters.train(was_training)
-
-    name = f"{type(adapters.method).__name__}.route"
-    N, S = len(adapters.linears), len(linear.skill_B)
-    B = 1 if both.shared else 2
-    shape = weights(both).shape
-    if len(shape) < 3 or (shape[0], shape[1], shape[-1]) != (N, B, S):
-        found = both.Zhat if both.c is None else both.c
-        raise ValueError(
-            f"{name}: expected c (N,B,S) = ({N},{B},{S}), or Zhat ({B},{N},K,{S}), for 2 samples "
-            f"with shared={both.shared}, got {tuple(found.shape)}; weights that all samples share "
-            "have B = 1 and need shared=True"
-        )
-    if not torch.allclose(weights(both)[:, -1], weights(second)[:, -1], rtol=1e-3, atol=1e-5):
-        raise ValueError(
-            f"{name}: the weights of a sample depend on the other samples of its batch; give it "
-            "the same weights in any batch"
-        )
-
-
 # ------------------------------------------------------------------------------ using the methods
 
 
-def method_class(method: str | type[Method]) -> type[Method]:
+def method_class(method: str | type[Adapters]) -> type[Adapters]:
     """Return the class of a method. Raise UserError if there is none of this name."""
     if isinstance(method, type):
         return method
-    known = METHODS | OWN_METHODS
+    known = BUILT_IN | OWN_METHODS
     if method not in known:
         raise UserError(
-            f"--method {method}: choose one of {', '.join(METHODS)}; for a method of your own give "
-            "its file and its class, --method FILE.py:Class"
+            f"--method {method}: choose one of {', '.join(BUILT_IN)}; for a method of your own "
+            "give its file and its class, --method FILE.py:Class"
         )
     return known[method]
 
 
 def without_adapters(module: nn.Module) -> Adapters:
-    """Return Adapters without Linears for a frozen base."""
-    return Adapters(module, {}, [], NoAdapter())
+    """Freeze `module`. Return Adapters without Linears for it."""
+    return NoAdapter(module.requires_grad_(False), {}, OrchMoEConfig())
 
 
 def attach_method(
-    method: str | type[Method],
-    module: nn.Module,
-    config: OrchMoEConfig,
-    *,
-    num_tasks: int = 0,
-    extra_rank: int = 0,
-    generator: Generator | None = None,
+    method: str | type[Adapters], module: nn.Module, config: OrchMoEConfig, **options: Any
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    method: a name in METHODS or OWN_METHODS, or a class. num_tasks: T, for methods that route by
-    task id. extra_rank: as in orchmoe.attach. Raise ValueError, with the module unchanged, for a
-    missing T, or targets that the method cannot adapt.
+    method: a name in BUILT_IN or OWN_METHODS, or a class. For the options see
+    orchmoe.attach. The skills are mixed by kernels.mix_skills. Raise ValueError, with the module
+    unchanged, for targets that the method cannot adapt, or a parameter without a learning rate.
     """
     method = method_class(method)
     head = getattr(module, "head", None)
@@ -375,25 +302,9 @@ def attach_method(
         raise ValueError(
             "targets: head reads the tokens of all samples as one list, so that no method can mix "
             f"skills by sample there, as {method.__name__} may do; leave it out (for a method of "
-            "your own see Method.mixes_by_sample)"
+            "your own see Adapters.mixes_by_sample)"
         )
-    adapters = attach(
-        module,
-        config,
-        kernels.mix_skills,
-        method=method,
-        num_tasks=num_tasks,
-        extra_rank=extra_rank,
-        generator=generator,
-    )
-    try:
-        adapters.parameter_groups()  # ValueError if a parameter has no learning rate
-        if method in OWN_METHODS.values():
-            require_routing(adapters)
-    except Exception:  # also a bug in a method of one's own
-        adapters.detach()
-        raise
-    return adapters
+    return attach(module, config, method, mix=kernels.mix_skills, **options)
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:
@@ -405,21 +316,11 @@ def count_parameters(adapters: Adapters) -> dict[str, int]:
     return counts
 
 
-# Settings that OrchMoE does not read with this router.
-UNREAD_WITH_ROUTER = {
-    "sample": {"lr_token_router"},
-    "token": {"lr_router", "router_attention", "router_init", "mixing"},
-}
-
-
-def settings_of_method(method: str, router: str) -> set[str]:
+def settings_of_method(method: str) -> set[str]:
     """Return the names of the settings that a method reads.
 
     These are fields of OrchMoEConfig, and learning rates: lr_skills, lr_router, lr_token_router and
-    lr_allocation. `router` matters only to OrchMoE.
+    lr_allocation.
     """
     cls = method_class(method)
-    read = cls.settings | {f"lr_{kind}" for kind in cls.rates.values()}
-    if issubclass(cls, OrchMoE):
-        read -= UNREAD_WITH_ROUTER[router]
-    return read
+    return cls.settings | {f"lr_{kind}" for kind in cls.rates.values()}

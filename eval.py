@@ -238,7 +238,7 @@ def mean_entropy(w: Tensor) -> float:
     """Return the mean entropy in nats of the rows of w (M,K), NaN if they are not distributions."""
     sums = w.sum(dim=-1)
     is_distribution = (w >= 0).all() & torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all()
-    if not is_distribution:  # with --router-norm none
+    if not is_distribution:  # with --method orchmoe-no-softmax
         return math.nan
     return torch.special.entr(w).sum(dim=-1).mean().item()
 
@@ -270,7 +270,7 @@ def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
         if entropy > 0.98 * math.log(K):
             program.warn(
                 "the router is uniform: every sample has nearly the same w; train with another "
-                "--router-init or --lr-router"
+                "--lr-router"
             )
         elif report["largest"] > 0.9:
             program.warn(
@@ -385,7 +385,7 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
 
     w = router_weights(base, adapters, [example])
     if w is not None:
-        # The entropy is NaN for weights that do not sum to 1 (--router-norm none).
+        # The entropy is NaN for weights that do not sum to 1 (orchmoe-no-softmax).
         is_distribution = not math.isnan(mean_entropy(w))
         weights = []
         for k in w[0].argsort(descending=True).tolist():

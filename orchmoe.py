@@ -6,13 +6,13 @@ weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). do
 gives a grade to each line below: stated, secondary, inferred or chosen.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
-    X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
+    X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.attend
     x_hat = mean of X_hat over the real tokens            (B,D)     TaskRouter.summarise
     x_hat = (x_hat - mu) / sd                             (B,D)     TaskRouter.forward
     w     = softmax(W_task x_hat + b)                     (B,K)     TaskRouter.forward
     Zhat  = sigmoid(Z), each row divided by its sum       (N,K,S)   OrchMoE.allocation_weights
     c     = w Zhat                                        (N,B,S)   OrchMoE.route
-    y     = W0 x + scale * sum_s c_s B_s A_s x            (B,L,O)   mix_skills, SkillLinear.forward
+    y     = W0 x + scale * sum_s c_s B_s A_s x            (B,L,O)   mix_skills, in Skills.forward
 
 E: the embeddings of the source. B batch, L length, D input width (in the router: width of E),
 O output width, K abstract tasks, S skills, R rank, N adapted Linears. A is stored as (S,R,D), and
@@ -23,7 +23,7 @@ half puts them into a model: how the router starts, skills in a Linear, the adap
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
     rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}
-    groups = adapters.parameter_groups()                  # adapters.parameters() lacks the skills
+    groups = adapters.parameter_groups()                  # adapters.parameters() has all of them
     groups = [{"params": groups[kind], "lr": rates[kind]} for kind in groups]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     adapters.fit_router(embeddings, masks)                # once, on training sources
@@ -37,22 +37,18 @@ the repository "OrchMoE, a reference implementation", of which this file is a pa
 Test: pytest tests/unit/test_orchmoe.py tests/unit/test_orchmoe_skills.py
 """
 
-import functools
+import itertools
 import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-
-Mix = Callable[..., Tensor]  # mix_skills, or a function with the same signature
-Linears = dict[str, nn.Linear]  # Linears of a model, by their paths
-Skills = Sequence[dict[str, Any]]  # for each of these Linears: all its skills, see `new_skills`
 
 
 @dataclass(frozen=True)
@@ -64,45 +60,29 @@ class OrchMoEConfig:
     rank: int = 2  # R, rank of one skill
     alpha: float | None = None  # scale of the skills is alpha / their rank (default: rank)
     targets: tuple[str, ...] = ("q", "v")  # names of Linears; all: every one but the output head
-    router: Literal["sample", "token"] = "sample"  # what w depends on
-    router_attention: bool = True  # self-attention over the sample before its mean
-    router_norm: Literal["softmax", "none"] = "softmax"  # none: w = W_task x_hat + b
-    router_init: Literal["kmeans", "normal"] = "kmeans"  # how W_task starts
     allocation_std: float = 3.0  # standard deviation of the initial Z
-    gumbel: bool = False  # train with logistic noise (a difference of Gumbels) on Z
-    mixing: Literal["outputs", "factors"] = "outputs"  # c weighs B_s A_s x, or (slower) A_s and B_s
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(OrchMoEConfig).items():
+        for name in ("abstract_tasks", "skills", "rank"):
             value = getattr(self, name)
-            choices = get_args(hint)
-            if hint is int and not (isinstance(value, int) and 1 <= value <= 2**20):
+            if not (isinstance(value, int) and 1 <= value <= 2**20):
                 raise ValueError(f"{name}: {value!r} must be a whole number (int) from 1 to 2^20")
-            if get_origin(hint) is Literal and value not in choices:
-                raise ValueError(f"{name}: {value!r} must be one of {', '.join(choices)}")
         if self.alpha is not None and not 0 < self.alpha < 1e6:
             raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e6")
-        if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
         if not 0 <= self.allocation_std < 1e6:
             raise ValueError(
                 f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e6"
             )
-        if self.mixing == "factors" and self.router == "token":
-            raise ValueError("mixing: factors are mixed for a sample, and never by a token router")
+        if isinstance(self.targets, str) or not self.targets:  # a text would be read as letters
+            raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
 
 
 class Routing(NamedTuple):
-    """The result of routing one batch.
+    """The result of routing one batch. Linear n mixes its skills with the weights c[n]."""
 
-    With a sample router, or a w from the caller, Linear n gets c[n], (B,S). Else c is None, and the
-    Linear gets Zhat[:, n], (1,K,S) or (B,K,S), and computes c for each token by itself.
-    """
-
+    c: Tensor  # (N,B,S), or (N,1,S) if all samples share it
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
-    Zhat: Tensor | None = None  # (1,N,K,S), or (B,N,K,S) with noise
-    c: Tensor | None = None  # (N,B,S), or (N,1,S) if all samples share it
-    shared: bool = False  # all samples share the weights, so any batch size fits
+    shared: bool = False  # whether all samples share c, so that it fits any batch
 
 
 # ----------------------------------------------------------------------------------- the router
@@ -114,14 +94,11 @@ class TaskRouter(nn.Module):
     Learns W_task (K,D) and a bias (K). The self-attention has no parameters.
     """
 
-    def __init__(self, width: int, config: OrchMoEConfig, generator: Generator | None = None):
+    def __init__(self, width: int, num_tasks: int, generator: Generator | None = None):
         super().__init__()
-        self.config = config
-        K = config.abstract_tasks
-        self.W_task = nn.Parameter(torch.empty(K, width).normal_(0, 0.02, generator=generator))
-        self.bias = nn.Parameter(torch.zeros(K))
-        if config.router_norm == "none":
-            nn.init.constant_(self.bias, 1 / K)  # without the softmax, w is 1/K where x_hat = 0
+        W_task = torch.empty(num_tasks, width).normal_(0, 0.02, generator=generator)
+        self.W_task = nn.Parameter(W_task)
+        self.bias = nn.Parameter(torch.zeros(num_tasks))
         # Mean and standard deviation of x_hat over training sources. `fit` sets them.
         self.register_buffer("mu", torch.zeros(width))
         self.register_buffer("sd", torch.ones(width))
@@ -130,74 +107,61 @@ class TaskRouter(nn.Module):
         """Return x_hat (B,D), one vector per sample, before it is standardised.
 
         embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens, booleans or
-        integers. Raise ValueError for another shape, or a mask of floats.
+        integers. Raise ValueError for a mask of floats.
         """
-        D = len(self.mu)
-        shape = embeddings.shape
         if mask is None:
-            mask = torch.ones(shape[:2], dtype=torch.bool, device=embeddings.device)
-        if shape[2:] != (D,) or shape[:2] != mask.shape:
-            raise ValueError(
-                f"embeddings: expected (B,L,D) with D = {D}, and a mask (B,L), got {tuple(shape)} "
-                f"and {tuple(mask.shape)}; embed the token ids first, or give attach(..., width=D) "
-                "for another D"
-            )
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         if mask.is_floating_point():
             # One that is added to attention scores has 0 at real tokens.
             raise ValueError("mask: give booleans or integers, true at real tokens")
         mask = mask.bool()
-        X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
+        X = F.rms_norm(embeddings.to(self.W_task.dtype), self.mu.shape, eps=1e-6)  # (B,L,D)
         # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
         X = X.masked_fill(~mask[..., None], 0.0)
-
-        X_hat = X
-        if self.config.router_attention:
-            scores = X @ X.mT / math.sqrt(D)  # (B,L,L)
-            # Not -inf: in a row that is all padding the softmax would give NaN.
-            lowest = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill(~mask[:, None, :], lowest)
-            P = scores.softmax(dim=-1)
-            X_hat = P @ X + X  # (B,L,D)
-
+        X_hat = self.attend(X, mask)  # (B,L,D)
         return masked_mean(X_hat, mask)  # (B,D)
 
+    def attend(self, X: Tensor, mask: Tensor) -> Tensor:
+        """Return X_hat (B,L,D), the self-attention over X (B,L,D) plus X. mask: (B,L), booleans."""
+        scores = X @ X.mT / math.sqrt(X.shape[2])  # (B,L,L)
+        # Not -inf: in a row that is all padding the softmax would give NaN.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask[:, None, :], lowest)
+        P = scores.softmax(dim=-1)
+        return P @ X + X
+
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return w (B,K), the weight of each abstract task. With the softmax, rows sum to 1.
+        """Return w (B,K), the weight of each abstract task. Rows sum to 1.
 
         For the arguments see `summarise`.
         """
         x_hat = self.summarise(embeddings, mask)
         x_hat = (x_hat - self.mu) / self.sd
         logits = F.linear(x_hat, self.W_task, self.bias)  # W_task x_hat + b
-        if self.config.router_norm == "none":
-            return logits
         return logits.softmax(dim=-1)
 
     @torch.no_grad()
     def fit(self, x_hat: Tensor, generator: Generator | None = None) -> None:
-        """Set mu and sd from x_hat (M,D) of M sources. With router_init "kmeans", also set W_task.
+        """Set mu, sd and W_task from x_hat (M,D) of M sources.
 
         Each row of W_task becomes a centre of a spherical k-means, times one factor for all rows.
-        So the largest w is that of the source's cluster. With the softmax, the factor makes the
-        mean entropy of w ln(K) / 3 (0: one-hot; ln(K): uniform); without it, the sd of w is 1/K.
+        So the largest w is that of the source's cluster. The factor makes the mean entropy of w
+        ln(K) / 3, where 0 is a one-hot w and ln(K) a uniform one.
         """
-        K = self.config.abstract_tasks
+        K = len(self.W_task)
+        self.standardise(x_hat)
+        x_hat = (x_hat - self.mu) / self.sd
+        centres = spherical_kmeans(x_hat, K, generator)  # (K,D)
+        factor = scale_for_entropy(x_hat @ centres.T, math.log(K) / 3)
+        self.W_task.copy_(factor * centres)
+
+    def standardise(self, x_hat: Tensor) -> None:
+        """Set mu and sd to the mean and the standard deviation of x_hat (M,D)."""
         self.mu.copy_(x_hat.mean(dim=0))
         sd = x_hat.std(dim=0, correction=0)
         # A feature that is nearly constant here, but varies later, must not dominate w.
         smallest = max(0.1 * sd.median().item(), 1e-6)
         self.sd.copy_(sd.clamp(min=smallest))
-        if self.config.router_init == "normal":
-            return
-
-        x_hat = (x_hat - self.mu) / self.sd
-        centres = spherical_kmeans(x_hat, K, generator)  # (K,D)
-        logits = x_hat @ centres.T  # (M,K)
-        if self.config.router_norm == "softmax":
-            scale = scale_for_entropy(logits, math.log(K) / 3)
-        else:
-            scale = 1 / K / logits.std().clamp(min=1e-6)
-        self.W_task.copy_(scale * centres)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -205,139 +169,6 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     total = x.masked_fill(~mask[..., None], 0.0).sum(dim=1)  # (B,D)
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (B,1); a row may be all padding
     return total / count
-
-
-# ---------------------------------------------------------------------------- methods, and OrchMoE
-
-
-class Method(nn.Module):
-    """Computes the weights of the skills. OrchMoE is one method; baselines.py has others.
-
-    To write your own, derive a class with a `route`, and a constructor that takes what OrchMoE's
-    takes. The constructor may change `skills`, the attributes that each Linear will get, and may
-    make parameters. docs/use.md explains an example of 40 lines.
-    """
-
-    settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # The group of each parameter, by the first part of its name: skills, router, token_router or
-    # allocation. Each group has its own learning rate.
-    rates = {"skill_A": "skills", "skill_B": "skills"}
-    noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    # Whether a Linear must know to which sample a token belongs. The output head does not know it:
-    # it gets the tokens of all samples as one list.
-    mixes_by_sample = True
-    kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
-
-    @classmethod
-    def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
-        """Return how many skills a Linear gets, and their rank."""
-        return config.skills, config.rank
-
-    def route(self, *inputs: Tensor, **options: Any) -> Routing:
-        """Return the weights of a batch. For the arguments see `Adapters.routed`.
-
-        A method without abstract tasks does not read w.
-        """
-        raise NotImplementedError
-
-
-class OrchMoE(Method):
-    """The Task Router, and the allocation matrices Z (N,K,S) of all adapted Linears."""
-
-    settings = frozenset(field.name for field in fields(OrchMoEConfig))
-    rates = Method.rates | {
-        "Z": "allocation",
-        "router": "router",
-        "skill_W_task": "token_router",
-        "skill_bias": "token_router",
-    }
-
-    def __init__(
-        self,
-        linears: Linears,
-        skills: Skills,
-        config: OrchMoEConfig,
-        *,
-        width: int,
-        num_tasks: int = 0,
-        generator: Generator | None = None,
-    ):
-        """Make Z and the router.
-
-        width: D of the embeddings. num_tasks: number of training tasks, which OrchMoE does not
-        need. generator: source of the initial values.
-        """
-        super().__init__()
-        self.config = config
-        shape = (len(linears), config.abstract_tasks, config.skills)
-        Z = torch.empty(shape).normal_(0, config.allocation_std, generator=generator)
-        self.Z = nn.Parameter(Z.to(skills[0]["skill_A"]))  # on the device of the first Linear
-        if config.gumbel:
-            self.noise_shape = shape
-
-        self.router = None
-        if config.router == "sample":
-            self.router = TaskRouter(width, config, generator).to(self.Z)
-        for linear, attributes in zip(linears.values(), skills, strict=True):
-            if config.router == "token":
-                # Each token x has its own w = softmax(W_task x + b), without norm, mu and sd.
-                token_router = TaskRouter(linear.in_features, config, generator)
-                token_router.to(attributes["skill_A"])
-                attributes["skill_W_task"] = token_router.W_task
-                attributes["skill_bias"] = token_router.bias
-                attributes["skill_softmax"] = config.router_norm == "softmax"
-            if config.mixing == "factors":
-                attributes["skill_mix"] = mix_factors
-
-    def allocation_weights(self, noise: Tensor | None = None) -> Tensor:
-        """Return Zhat (1,N,K,S), or (B,N,K,S) with noise u (B,N,K,S) in [0,1).
-
-        With noise, sigmoid(Z + logit(u)) is a relaxed Bernoulli variable with temperature 1
-        (Maddison et al. 2017).
-        """
-        Z = self.Z.unsqueeze(0)
-        if noise is not None:
-            noise = noise.to(Z, non_blocking=True)  # from the CPU, without waiting for a GPU
-            Z = Z + noise.clamp(1e-6, 1 - 1e-6).logit()
-        # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
-        return F.logsigmoid(Z).softmax(dim=-1)
-
-    def route(
-        self,
-        embeddings: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        w: Tensor | None = None,
-        noise: Tensor | None = None,
-        task_ids: Tensor | None = None,
-    ) -> Routing:
-        """Return w, Zhat and c of all Linears. For the arguments see `Adapters.routed`.
-
-        Raise ValueError for a w or embeddings of a wrong shape, or if embeddings are missing.
-        """
-        if not self.training or self.noise_shape is None:
-            noise = None
-        elif noise is None:
-            if embeddings is None:
-                raise ValueError(
-                    "noise: give it, or the embeddings (B,L,D), which say how many samples need it"
-                )
-            noise = torch.rand(len(embeddings), *self.noise_shape)
-        Zhat = self.allocation_weights(noise)
-
-        K = self.config.abstract_tasks
-        with full_precision(Zhat.device):
-            if w is None:
-                if self.config.router == "token":
-                    return Routing(Zhat=Zhat, shared=noise is None)
-                if embeddings is None:
-                    raise ValueError("embeddings: give those of the source (B,L,D), or give w")
-                w = self.router(embeddings, mask)
-            if w.dim() not in (1, 2) or w.shape[-1] != K:
-                raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
-            # w, Zhat or both may have one row for all samples: einsum broadcasts it.
-            c = torch.einsum("bk,bnks->nbs", w.to(Zhat).reshape(-1, K), Zhat)
-        return Routing(w=w, Zhat=Zhat, c=c, shared=w.dim() == 1 and noise is None)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -348,62 +179,20 @@ def full_precision(device: torch.device) -> torch.autocast:
 # -------------------------------------------------------------------------------------- the mix
 
 
-def mix_skills(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    c: Tensor,
-    scale: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return scale * sum_s c_s B_s A_s x. If a weight is given, add weight x + bias.
+def mix_skills(x: Tensor, y: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+    """Return y + scale * sum_s c_s B_s A_s x.
 
     The outputs of the skills are mixed, not A and B: our reading of Eq. 3 as a summary quotes it,
-    see docs/paper.md. The skills are laid side by side as one LoRA of rank S R, so that there is no
-    loop over them.
+    see docs/paper.md. kernels.mix_skills computes the same faster.
 
-    x (B,L,D); A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all samples, or (B,L,S) per token;
-    weight (O,D); bias (O,). Returns (B,L,O) in the dtype of x, or of autocast.
+    x (B,L,D); y (B,L,O), the output of the Linear; A (S,R,D); B (S,R,O); c (B,S), or (1,S) for all
+    samples, or (B,L,S) per token. Returns (B,L,O).
     """
-    S, R, D = A.shape
-    A = A.reshape(S * R, D).to(x.dtype)
-    B = B.reshape(S * R, -1).to(x.dtype)
     if c.dim() == 2:
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
-    # Also to the device of x: a large base may be spread over several devices.
-    c = (scale * c).to(x)
-    c = c.repeat_interleave(R, dim=-1)  # (B,1,S R) or (B,L,S R): each rank gets the c of its skill
-
-    h = F.linear(x, A)  # (B,L,S R): all A_s x, one skill after the other
-    mixed = (h * c) @ B  # (B,L,O)
-    if weight is None:
-        return mixed
-    return F.linear(x, weight, bias).add_(mixed)
-
-
-def mix_factors(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    c: Tensor,
-    scale: float,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return scale * (sum_s c_s B_s) (sum_s c_s A_s) x: as mix_skills, but factors are mixed.
-
-    This is another reading of Eq. 3, `mixing="factors"`. c: (B,S), or (1,S) for all samples.
-    """
-    c = c.to(x)
-    A_mix = torch.einsum("bs,srd->brd", c, A.to(x.dtype))  # (B,R,D): sum_s c_s A_s
-    B_mix = torch.einsum("bs,sro->bro", c, B.to(x.dtype))  # (B,R,O): sum_s c_s B_s
-
-    h = x @ A_mix.mT  # (B,L,R)
-    mixed = (scale * h) @ B_mix  # (B,L,O)
-    if weight is None:
-        return mixed
-    return F.linear(x, weight, bias).add_(mixed)
+    h = torch.einsum("bld,srd->blsr", x, A)  # A_s x
+    ch = c.unsqueeze(-1) * h  # c_s A_s x
+    return y + scale * torch.einsum("blsr,sro->blo", ch, B)  # sum_s B_s (c_s A_s x)
 
 
 # ---------------------------------------------------------------------------- the router's start
@@ -453,224 +242,145 @@ def scale_for_entropy(logits: Tensor, target: float) -> float:
 # ----------------------------------------------------------------------------------- the skills
 
 
-class SkillLinear(nn.Linear):
-    """A Linear of the base with S skills.
+class Skills(nn.Module):
+    """The S skills of one Linear, each a LoRA of rank R.
 
-    No SkillLinear is constructed. Adapters change the class of an existing Linear, as
-    torch.nn.utils.parametrize does. An nn.Linear gets the class SkillLinear. An instance of a
-    subclass Sub gets a new class SkillSub(SkillLinear, Sub). The object keeps its weight, name and
-    hooks, and isinstance(linear, Sub) still holds. `detach` restores the class.
-
-    Every attribute that the skills add to the object starts with `skill_`.
+    The Linear stays as it is. It calls `hook` after its forward, and returns what that returns.
     """
 
-    skill_base: type = nn.Linear  # the class that the Linear had before
-    skill_base_is_plain: bool  # it computes only W0 x + b, so `skill_mix` may compute that, too
-    skill_A: nn.Parameter  # (S,R,D)
-    skill_B: nn.Parameter  # (S,R,O)
-    skill_scale: float
-    skill_mix: Mix
-    skill_W_task: nn.Parameter | None  # (K,D) of a token router
-    skill_bias: nn.Parameter | None  # (K,) of a token router
-    skill_softmax: bool  # whether the w of a token router is a softmax
-    skill_weights: Tensor | None  # set by `routed`: c (B,S) or, for a token router, Zhat (B,K,S)
-    skill_shared: bool  # set by `routed`: all samples share these weights
-    skill_beams: int  # set by `routed`: how many rows of x belong to one sample
-    skill_visited: bool  # whether it was called
+    is_linear = True  # one c makes the skills one matrix, which `folded` adds to the weight
 
-    def skill_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the skills, and of the token router if there is one."""
-        own = self.named_parameters(recurse=False)
-        return {name: parameter for name, parameter in own if name.startswith("skill_")}
+    def __init__(
+        self,
+        linear: nn.Linear,
+        num_skills: int,
+        rank: int,
+        scale: float,
+        mix: Callable[..., Tensor] = mix_skills,
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        S, R, D = num_skills, rank, linear.in_features
+        # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
+        bound = 1 / math.sqrt(D)
+        A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
+        dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
+        A = A.to(linear.weight.device, dtype)
+        self.A = nn.Parameter(A)  # (S,R,D)
+        self.B = nn.Parameter(A.new_zeros(S, R, linear.out_features))  # (S,R,O)
+        self.scale = scale
+        self.mix = mix
+        # `routed` sets these three for each batch.
+        self.c: Tensor | None = None  # (B,S)
+        self.shared = False  # whether all samples share c, which is (1,S) then
+        self.beams = 1  # how many rows of x belong to one sample
+        self.is_off = False  # within `disabled` and `folded`
+        self.was_called = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + bias + scale * sum_s c_s B_s A_s x, (B,...,O) for x (B,...,D)."""
-        x_3d = x  # (B,L,D)
-        if x.dim() != 3:
-            batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
-            length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
-            x_3d = x.reshape(batch, length, self.in_features)
-        c = self.skill_c(x_3d)
-        mix_inputs = (x_3d, self.skill_A, self.skill_B, c, self.skill_scale)
-        self.skill_visited = True
+    def shape_of_c(self) -> tuple[int, ...]:
+        """Return the shape of c for one sample."""
+        return (len(self.B),)
 
-        if self.skill_base_is_plain:
-            weight, bias = self.weight, self.bias
-            is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-            # Since `attach` the weight may have been quantised, pruned or parametrised. Quantised
-            # subclasses have __tensor_flatten__; fake tensors, which torch.compile uses, do not.
-            is_quantised = hasattr(weight, "__tensor_flatten__")
-            if is_frozen and isinstance(weight, nn.Parameter) and not is_quantised:
-                # The programs pass kernels.mix_skills to `attach`.
-                y = self.skill_mix(*mix_inputs, weight, bias)
-                return y if x_3d is x else y.view(*x.shape[:-1], self.out_features)
-
-        # Otherwise the Linear's own forward computes W0 x + b: its weight is quantised or
-        # parametrised, or it trains.
-        y = super().forward(x)
-        mixed = self.skill_mix(*mix_inputs)
-        return y + mixed.view_as(y).to(y.dtype)
-
-    def skill_c(self, x: Tensor) -> Tensor:
-        """Return c for x (B,L,D): (B,S) or (1,S), or (B,L,S) from a token router."""
-        weights = self.skill_weights
-        if weights is None:
+    def hook(self, _linear: nn.Linear, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        """Return what the Linear returns in place of y (B,...,O), for its input x (B,...,D)."""
+        if self.is_off:
+            return y
+        if self.c is None:
             raise RuntimeError(
                 "a Linear with skills was called outside `with adapters.routed(...)`"
             )
+        self.was_called = True
+        x = inputs[0]
+        if x.dim() == 3:
+            return self(x, y)
+        batch = 1 if x.dim() == 1 else x.shape[0]  # a single vector is a batch of one
+        length = x.shape[1:-1].numel()  # 1 if x is (B,D) or (D,)
+        x = x.reshape(batch, length, x.shape[-1])
+        return self(x, y.reshape(batch, length, y.shape[-1])).view(y.shape)
 
-        if not self.skill_shared and len(weights) != len(x):
-            beams = self.skill_beams
-            if len(weights) * beams != len(x):
-                raise ValueError(
-                    f"the batch has {len(x)} rows, but {len(weights)} samples of {beams} beams "
-                    "were routed; route the same batch, or give routed(..., beams=); a Linear that "
-                    "gets the tokens of all samples as one list cannot have skills"
-                )
-            weights = weights.repeat_interleave(beams, dim=0)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y (B,L,O), the output of the Linear, plus the skills of x (B,L,D)."""
+        # Cast the skills to y's dtype, never y to theirs. A large base may be on several devices.
+        A, B, c = self.A.to(y), self.B.to(y), self.weights(x).to(y)
+        return self.mix(x.to(y), y, A, B, c, self.scale)
 
-        # Without a token router, or with a w from the caller, these are c already.
-        if self.skill_W_task is None or weights.dim() == 2:
-            return weights
-        with full_precision(x.device):
-            logits = F.linear(x.to(weights.dtype), self.skill_W_task, self.skill_bias)  # (B,L,K)
-            w = logits.softmax(dim=-1) if self.skill_softmax else logits
-            return w @ weights.to(x.device)  # (B,L,S)
+    def weights(self, x: Tensor) -> Tensor:
+        """Return c for x (B,L,D): (B,S), or (1,S) for all samples.
 
-    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        """Apply .to(), .half(), .cuda() and the like. The skills stay in float32 or wider."""
-        # Recognise the skills by identity, because `function` sees no names.
-        ours = set()
-        for parameter in self.skill_parameters().values():
-            ours |= {id(parameter), id(parameter.grad)}
-
-        def apply(tensor: Tensor) -> Tensor:
-            if id(tensor) in ours:
-                return at_least_float32(tensor, function(tensor))
-            return function(tensor)
-
-        return super()._apply(apply, recurse)
-
-    def __reduce_ex__(self, protocol: int):
-        """Copy and pickle through the base class: pickle cannot find a class made at run time."""
-        return _new_skill_linear, (self.skill_base,), self.__getstate__()
-
-
-@functools.cache  # one class per base class; otherwise torch.compile would compile each Linear anew
-def class_with_skills(base: type) -> type:
-    """Return the subclass of `base` whose forward adds the skills."""
-    if base is nn.Linear:
-        return SkillLinear
-    return type("Skill" + base.__name__, (SkillLinear, base), {"skill_base": base})
-
-
-def class_without_skills(cls: type) -> type:
-    """Return the class that a Linear of class `cls` has without its skills.
-
-    It is the class that the Linear had before `attach`. If torch has derived another class since
-    then, as parametrize does, the same is derived from that: ParametrizedSkillLinear becomes
-    ParametrizedLinear.
-    """
-    if cls is class_with_skills(cls.skill_base):
-        return cls.skill_base
-    base = class_without_skills(cls.__bases__[0])
-    return type(cls.__name__.replace("Skill", "", 1), (base,), dict(vars(cls)))
-
-
-def _new_skill_linear(base: type) -> SkillLinear:
-    """Make an empty object for copy and pickle, which then fill in its attributes."""
-    return SkillLinear.__new__(class_with_skills(base))
-
-
-def at_least_float32(before: Tensor, after: Tensor) -> Tensor:
-    """Return `after`, or if it is half precision, `before` on the device of `after`."""
-    if after.dtype in (torch.bfloat16, torch.float16):
-        return before.to(after.device)
-    return after
-
-
-def new_skills(
-    linear: nn.Linear,
-    num_skills: int,
-    rank: int,
-    scale: float,
-    mix: Mix,
-    generator: Generator | None,
-) -> dict[str, Any]:
-    """Return the attributes that turn `linear` into a SkillLinear. It is not changed."""
-    S, R, D = num_skills, rank, linear.in_features
-
-    # A: kaiming_uniform(a = sqrt 5) of each (R,D) slice. B = 0: the model starts as the base.
-    bound = 1 / math.sqrt(D)
-    A = torch.empty(S, R, D).uniform_(-bound, bound, generator=generator)
-    dtype = torch.promote_types(A.dtype, torch.float32)  # even if the default is bfloat16
-    A = A.to(linear.weight.device, dtype)
-
-    weight = linear._parameters.get("weight")  # None if it is parametrised
-    base_is_plain = (
-        type(linear).forward is nn.Linear.forward
-        and type(weight) is nn.Parameter
-        and weight.is_floating_point()
-    )
-    return {
-        "skill_A": nn.Parameter(A),
-        "skill_B": nn.Parameter(A.new_zeros(S, R, linear.out_features)),
-        "skill_scale": scale,
-        "skill_mix": mix,
-        "skill_base_is_plain": base_is_plain,
-        "skill_W_task": None,
-        "skill_bias": None,
-        "skill_softmax": True,
-        "skill_weights": None,
-        "skill_shared": False,
-        "skill_beams": 1,
-        "skill_visited": False,
-    }
+        Raise ValueError if x has not the rows of the batch that was routed.
+        """
+        c, beams = self.c, self.beams
+        if self.shared or len(c) == len(x):
+            return c
+        if len(c) * beams != len(x):
+            raise ValueError(
+                f"the batch has {len(x)} rows, but {len(c)} samples of {beams} beams were routed; "
+                "route the same batch, or give routed(..., beams=); a Linear that gets the tokens "
+                "of all samples as one list cannot have skills"
+            )
+        return c.repeat_interleave(beams, dim=0)
 
 
 # --------------------------------------------------------------------------------- the adapters
 
 
 class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and must pass x on
-    """Add skills to the Linears of `module`, and give them the weights that the method computes.
+    """The skills of all adapted Linears, and what computes their weights. `attach` makes it.
 
-    Only one of routed, disabled, folded, merge and detach can run at a time.
+    OrchMoE is one method to compute the weights; baselines.py has others. To write your own, derive
+    a class with a `route`, and perhaps a class of Skills. docs/use.md explains two examples.
     """
+
+    skills_class = Skills
+    settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
+    # The group of each parameter, by the first part of its name, in a Linear's skills or else here:
+    # skills, router, token_router or allocation. Each group has its own learning rate.
+    rates = {"A": "skills", "B": "skills"}
+    noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
+    # Whether a Linear must know to which sample a token belongs. The output head does not know it:
+    # it gets the tokens of all samples as one list.
+    mixes_by_sample = True
+    kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
 
     _lock = threading.Lock()  # two threads must not pass the check in `_open` together
 
-    def __init__(self, module: nn.Module, linears: Linears, skills: Skills, method: Method):
-        """Freeze `module` and add `skills`, one result of `new_skills` for each of its Linears."""
+    def __init__(
+        self,
+        module: nn.Module,
+        linears: dict[str, nn.Linear],
+        config: OrchMoEConfig,
+        *,
+        width: int = 0,
+        num_tasks: int = 0,
+        extra_rank: int = 0,
+        mix: Callable[..., Tensor] = mix_skills,
+        generator: Generator | None = None,
+    ):
+        """Make the skills. `module` and its Linears do not change. For the others see `attach`."""
         super().__init__()
-        # A class may refuse subclasses, so make them before anything changes.
-        classes = [class_with_skills(type(linear)) for linear in linears.values()]
-
-        self.method = method
+        self.config = config
+        self.router: nn.Module | None = None
         self.linears = linears  # a plain dict: the Linears are registered in the base already
         self.__dict__["module"] = module  # so torch does not register the base below itself
-        self._state = ""  # the context or method in use, or "removed" after merge and detach
-        self._routing: Routing | None = None
+        self._is_open = False
+        S, R = self.skill_shape(config, num_tasks)
+        alpha = config.rank if config.alpha is None else config.alpha
+        N = len(linears)
+        self.skills = nn.ModuleDict()
+        for n, (path, linear) in enumerate(linears.items()):
+            # The first n of the N Linears together have floor(n * extra_rank / N) extra ranks.
+            rank = R + ((n + 1) * extra_rank) // N - (n * extra_rank) // N
+            skills = self.skills_class(linear, S, rank, alpha / rank, mix, generator)
+            self.skills[path.replace(".", "-")] = skills  # names of modules have no dots
 
-        # Remember for `detach` what trained, then freeze the base.
-        parameters = module.named_parameters(remove_duplicate=False)
-        self._trained_before = {name: parameter.requires_grad for name, parameter in parameters}
-        module.requires_grad_(False)
-        for linear, cls, attributes in zip(linears.values(), classes, skills, strict=True):
-            linear.__class__ = cls
-            for name, value in attributes.items():
-                setattr(linear, name, value)
+    @classmethod
+    def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
+        """Return how many skills a Linear gets, and their rank."""
+        return config.skills, config.rank
 
-    def __getattr__(self, name: str) -> Any:
-        """Return what the method has: route, Z, noise_shape, allocation_weights."""
-        if name == "method":
-            return super().__getattr__(name)  # where torch keeps submodules
-        return getattr(self.method, name)
-
-    @property
-    def router(self) -> TaskRouter | None:
-        """The sample router, if the method has one."""
-        router = getattr(self.method, "router", None)
-        return router if isinstance(router, TaskRouter) else None
+    def route(self, *inputs: Tensor, **options: Any) -> Routing:
+        """Return the weights of a batch. For the arguments see `routed`."""
+        raise NotImplementedError
 
     @contextmanager
     def routed(
@@ -692,31 +402,58 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         PyTorch's key_padding_mask; default: all are real). beams: how many consecutive rows belong
         to one sample.
 
-        The options go to the method's `route`. w: (K,) or (B,K), to use instead of the router's.
-        noise: u in [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not
-        given. task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
+        The options go to `route`. w: (K,) or (B,K), to use instead of the router's. noise: u in
+        [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not given.
+        task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
 
-        Raise RuntimeError inside routed, disabled or folded, and after merge and detach. Raise
-        ValueError as `route` does.
+        Raise RuntimeError inside routed, disabled or folded of the same model. Raise ValueError as
+        `route` does, and if it returns something else than its Skills need.
         """
-        with self._open("routed"):
-            routing = self.method.route(embeddings, mask, **options)
-            if routing.c is None:
-                parts = routing.Zhat.unbind(1)  # a token router in each Linear computes c itself
-            else:
-                parts = routing.c.unbind(0)
+        with self._open():
+            routing = self.route(embeddings, mask, **options)
+            self._require_routing(routing, embeddings)
+            c_of_all = routing.c
+            if embeddings is not None:  # of the base's dtype, so cast once for all Linears
+                c_of_all = c_of_all.to(embeddings.dtype)
+            same = {"shared": routing.shared, "beams": beams}
             try:
-                self._routing = routing
-                same = {"skill_shared": routing.shared, "skill_beams": beams}
-                for linear, part in zip(self.linears.values(), parts, strict=True):
-                    # Faster than `linear.skill_weights = part`, a call of nn.Module.__setattr__.
-                    vars(linear).update(same, skill_weights=part)
+                for skills, c in zip(self.skills.values(), c_of_all.unbind(0), strict=True):
+                    # Faster than `skills.c = c`, a call of nn.Module.__setattr__.
+                    vars(skills).update(same, c=c)
                 yield routing
-                self._warn_unvisited()
+                self._warn_uncalled()
             finally:
-                self._routing = None
-                for linear in self.linears.values():
-                    vars(linear).update(skill_weights=None)
+                self._set(c=None)
+
+    def _require_routing(self, routing: Routing, embeddings: Tensor | None) -> None:
+        """Raise ValueError if `route` has not returned weights for the skills of all Linears."""
+        name = f"{type(self).__name__}.route"
+        if not isinstance(routing, Routing):
+            raise ValueError(f"{name}: return a Routing, not a {type(routing).__name__}")
+        samples = routing.c.shape[1:2]  # (B,)
+        if routing.shared:
+            samples = (1,)
+        elif embeddings is not None:
+            samples = (len(embeddings),)
+        first = next(iter(self.skills.values()))
+        expected = (len(self.skills), *samples, *first.shape_of_c())
+        if routing.c.shape != expected:
+            raise ValueError(
+                f"{name}: c has the shape {tuple(routing.c.shape)}, expected {expected}, for N "
+                "Linears, B samples and S skills; weights that all samples share have B = 1 and "
+                "need shared=True"
+            )
+
+    def _set(self, **values: Any) -> None:
+        """Set attributes of the skills of all Linears."""
+        for skills in self.skills.values():
+            vars(skills).update(values)
+
+    def keep(self, positions: Tensor) -> None:
+        """Keep only the samples at these positions (B',), as generation drops finished samples."""
+        for skills in self.skills.values():
+            if skills.c is not None and not skills.shared:
+                skills.c = skills.c[positions]
 
     @torch.no_grad()
     def fit_router(
@@ -726,24 +463,22 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         *,
         generator: Generator | None = None,
     ) -> None:
-        """Start the sample router from training sources. Call it once, before training.
+        """Start the router from training sources. Call it once, before training.
 
         embeddings: batches (B,L,D) of training sources. masks: their masks (B,L), if any token is
-        padding. With router_init "normal" it only sets mu and sd. It does nothing without a sample
-        router. Raise ValueError for fewer than max(2, K) different sources: k-means would leave
-        abstract tasks empty.
+        padding. It does nothing without a TaskRouter. Raise ValueError for fewer than max(2, K)
+        different sources: k-means would leave abstract tasks empty.
         """
-        if self.router is None:
+        if not isinstance(self.router, TaskRouter):
             return
-        K = self.config.abstract_tasks
+        if masks is None:
+            masks = itertools.repeat(None)
         with full_precision(self.router.mu.device):
-            if masks is None:
-                parts = [self.router.summarise(batch) for batch in embeddings]
-            else:
-                pairs = zip(embeddings, masks, strict=True)
-                parts = [self.router.summarise(batch, mask) for batch, mask in pairs]
-            x_hat = torch.cat(parts)  # (M,D)
-            sources = len(x_hat.unique(dim=0))
+            pairs = zip(embeddings, masks, strict=False)
+            x_hat = torch.cat(
+                [self.router.summarise(batch, mask) for batch, mask in pairs]
+            )  # (M,D)
+            sources, K = len(x_hat.unique(dim=0)), len(self.router.W_task)
             if sources < max(2, K):
                 raise ValueError(
                     f"{sources} different training sources are too few for K = {K} abstract tasks; "
@@ -754,232 +489,230 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the `with` block the model is the base as before attach, bit for bit."""
-        with self._open("disabled"), self._base_classes():
-            yield
+        with self._open():
+            self._set(is_off=True)
+            try:
+                yield
+            finally:
+                self._set(is_off=False)
 
     @contextmanager
     def folded(self, w: Tensor | None = None, **options: Any) -> Iterator[None]:
         """Within the `with` block the skills of ONE routing are in the weights, at base speed.
 
         The weights are W0 + scale * sum_s c_s B_s A_s, for w (K,), or for a single sample given as
-        embeddings=(1,L,D) and mask=. Raise ValueError for several samples, and if `unfoldable`
-        gives a reason.
+        embeddings=(1,L,D) and mask=. Raise ValueError for several samples, token routers, and a
+        Linear whose weight cannot hold the skills.
         """
-        with self._open("folded"):
-            new_weights = self._folded_weights(w, options)
-            originals = {linear: linear.weight for linear in new_weights}
-            with self._base_classes():
-                try:
-                    for linear, weight in new_weights.items():
-                        linear.weight = weight
-                    yield
-                finally:
-                    for linear, weight in originals.items():
-                        linear.weight = weight
+        new_weights = self._folded_weights(w, options)
+        originals = {linear: linear.weight for linear in new_weights}
+        with self.disabled():
+            try:
+                self._set_weights(new_weights)
+                yield
+            finally:
+                self._set_weights(originals)
 
     def merge(self, w: Tensor | None = None, **options: Any) -> None:
-        """Fold one routing for good and remove the adapters. A tied weight is not tied afterwards.
+        """Fold one routing for good and detach. A tied weight is not tied afterwards.
 
         For the arguments see `folded`.
         """
-        with self._open("merge"):
-            for linear, weight in self._folded_weights(w, options).items():
-                linear.weight = weight
-            self._remove_skills()
+        self._set_weights(self._folded_weights(w, options))
+        self.detach()
 
     def detach(self) -> None:
-        """Remove the skills. Restore the classes of the Linears and the base's requires_grad.
+        """Leave the module, and restore the requires_grad of the base.
 
         A weight that was parametrised after `attach` stays frozen.
         """
-        with self._open("detach"):
-            self._remove_skills()
-
-    def unfoldable(self) -> str:
-        """Return why one routing cannot be folded into the weights, or "" if it can."""
-        if self.training and self.method.noise_shape:
-            return "training draws noise; call .eval() first"
-        for name, linear in self.linears.items():
-            if linear.skill_W_task is not None:
-                return "with a token router every token has its own w, so nothing is folded"
-            # A weight that was pruned or parametrised after `attach` is not a Parameter any more.
-            weight = linear._parameters.get("weight")
-            if not linear.skill_base_is_plain or type(weight) is not nn.Parameter:
-                kind = linear.skill_base.__name__
-                return f"{name}: this {kind} or its weight computes more than a plain product"
-        return ""
-
-    def keep(self, positions: Tensor) -> None:
-        """Keep only the samples at these positions (B',), as generation drops finished samples."""
-        if self._state in ("folded", "disabled") or self.routing().shared:
-            return  # no weights are stored for single samples
-        for linear in self.linears.values():
-            linear.skill_weights = linear.skill_weights[positions]
-
-    def routing(self) -> Routing:
-        """Return w, Zhat and c of the routed batch. Raise RuntimeError outside `routed`."""
-        if self._routing is None:
-            raise RuntimeError("no batch is routed; call it inside `with adapters.routed(...)`")
-        return self._routing
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters that train, by kind. Each kind needs its own learning rate.
-
-        Raise ValueError if all are frozen, two Linears share one, or one has no rate.
-        """
-        groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
-        named = [*self.method.named_parameters()]
-        for linear in self.linears.values():
-            # Not linear.skill_parameters(): inside `disabled` the Linear has its old class.
-            named += SkillLinear.skill_parameters(linear).items()
-        for name, parameter in named:
-            kind = self.method.rates.get(name.partition(".")[0])
-            if kind not in groups:
-                method = type(self.method).__name__
-                raise ValueError(f"{method}.rates: {name} needs one of {', '.join(groups)}")
-            if parameter.requires_grad:
-                groups[kind].append(parameter)
-        trained = sum(groups.values(), [])
-        if named and not trained:
-            raise ValueError(
-                "all parameters of the adapters are frozen; attach them after whatever froze the "
-                "model, such as peft"
-            )
-        if len(set(trained)) < len(trained):
-            raise ValueError("two Linears train the same parameter; give each its own")
-        return groups
-
-    def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict[str, Tensor]:
-        """Return the state of the method, and each skill under its Linear's name.
-
-        torch passes a destination when it collects the state of the whole model. Then the Linears
-        themselves put the skills in. Raise RuntimeError after merge and detach.
-        """
-        self._require_skills()
-        if destination is not None:
-            return super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        state = self.method.state_dict(prefix=prefix, keep_vars=keep_vars)
-        for path, linear in self.linears.items():
-            for name, parameter in SkillLinear.skill_parameters(linear).items():
-                state[f"{prefix}{path}.{name}"] = parameter if keep_vars else parameter.detach()
-        return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
-        """Copy a state from `state_dict` into the adapters.
-
-        Raise ValueError, with nothing changed, if names or shapes differ. With strict=False names
-        may differ, but not shapes.
-        """
-        own = self.state_dict()
-        names = own.keys() & state.keys()
-        different = own.keys() ^ state.keys()
-        if strict and different:
-            name = min(different)
-            lacking = "the given state" if name in own else "these adapters"
-            raise ValueError(f"adapter state: {name} is missing in {lacking}")
-        for name in sorted(names):
-            given, expected = tuple(state[name].shape), tuple(own[name].shape)
-            if given != expected:
-                raise ValueError(f"adapter state: {name} has shape {given}, expected {expected}")
-        for name in names:
-            own[name].copy_(state[name])
-
-    @contextmanager
-    def _open(self, verb: str) -> Iterator[None]:
-        """Mark `verb` as open. Raise RuntimeError if one is already, or after merge and detach."""
-        with self._lock:
-            self._require_skills()
-            if self._state:
-                raise RuntimeError(
-                    f"{verb}(): {self._state}() is active; leave it first. Threads must take turns"
-                )
-            self._state = verb
-        try:
-            yield
-        finally:
-            if self._state == verb:  # and not "removed"
-                self._state = ""
-
-    def _require_skills(self) -> None:
-        if self._state == "removed":
-            raise RuntimeError(
-                "the skills are merged or detached: save them before, and call the model as it is"
-            )
-
-    @contextmanager
-    def _base_classes(self) -> Iterator[None]:
-        """Inside, the Linears have their original classes, so they compute without skills."""
-        classes = {linear: type(linear) for linear in self.linears.values()}
-        try:
-            for linear, cls in classes.items():
-                linear.__class__ = class_without_skills(cls)
-            yield
-        finally:
-            for linear, cls in classes.items():
-                linear.__class__ = cls
+        for hook in self.hooks:
+            hook.remove()
+        del self.module.skill_adapters
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(self.trained_before.get(name, parameter.requires_grad))
 
     @torch.no_grad()
     def _folded_weights(
         self, w: Tensor | None, options: dict[str, Any]
-    ) -> dict[SkillLinear, nn.Parameter]:
+    ) -> dict[nn.Linear, nn.Parameter]:
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
-        reason = self.unfoldable()
-        if reason:
-            raise ValueError(f"{self._state}(): {reason}")
-        c = self.method.route(w=w, **options).c  # (N,1,S)
-        if c.shape[1] != 1:
-            raise ValueError(f"{self._state}(): give one sample or one w (K,), not {c.shape[1]}")
-
+        if not self.skills_class.is_linear:
+            raise ValueError("with a token router every token has its own w, so nothing is folded")
         weights = {}
-        for linear, c_n in zip(self.linears.values(), c, strict=True):
-            A = linear.skill_A
-            with full_precision(A.device):
-                # The skills applied to the identity give their matrix (D,O), whatever `mix` is.
-                eye = torch.eye(linear.in_features, dtype=A.dtype, device=A.device)
-                delta = linear.skill_mix(eye[None], A, linear.skill_B, c_n, linear.skill_scale)
-                weight = linear.weight + delta[0].T  # (O,D)
-            weight = weight.to(linear.weight.dtype)
-            weights[linear] = nn.Parameter(weight, requires_grad=False)
+        with self.routed(w=w, **options) as routing:
+            if routing.c.shape[1] != 1:
+                raise ValueError(f"give one sample or one w (K,), not {routing.c.shape[1]}")
+            for (path, linear), skills in zip(
+                self.linears.items(), self.skills.values(), strict=True
+            ):
+                weight = linear._parameters.get("weight")  # None if it is parametrised
+                is_plain = type(weight) is nn.Parameter and weight.is_floating_point()
+                if not is_plain or type(linear).forward is not nn.Linear.forward:
+                    kind = type(linear).__name__
+                    raise ValueError(f"{path}: this {kind} computes more than a plain product")
+                # The skills applied to the identity give their matrix (D,O), whatever they mix.
+                with full_precision(skills.A.device):
+                    eye = torch.eye(linear.in_features).to(skills.A)
+                    delta = skills(eye[None], eye.new_zeros(1, len(eye), linear.out_features))
+                    new_weight = (weight + delta[0].T).to(weight.dtype)  # (O,D)
+                weights[linear] = nn.Parameter(new_weight, requires_grad=False)
         return weights
 
-    def _remove_skills(self) -> None:
-        for linear in self.linears.values():
-            linear.__class__ = class_without_skills(type(linear))
-            for name in [*linear._parameters, *vars(linear)]:
-                if name.startswith("skill_"):
-                    delattr(linear, name)
-        self.linears = {}
-        self._state = "removed"
-        self.module._modules.pop("skill_adapters", None)
-        for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(self._trained_before.get(name, parameter.requires_grad))
+    @staticmethod
+    def _set_weights(weights: dict[nn.Linear, nn.Parameter]) -> None:
+        for linear, weight in weights.items():
+            linear.weight = weight
 
-    def _warn_unvisited(self) -> None:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters that train, by kind. Each kind needs its own learning rate."""
+        groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")  # router.bias, or skills.PATH.A
+            if parts[0] == "skills":
+                parts = parts[2:]
+            kind = self.rates.get(parts[0])
+            if kind not in groups:
+                method = type(self).__name__
+                raise ValueError(f"{method}.rates: {parts[0]} needs one of {', '.join(groups)}")
+            if parameter.requires_grad:
+                groups[kind].append(parameter)
+        return groups
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Raise RuntimeError if a block of these adapters is open, in this thread or another."""
+        with self._lock:
+            if self._is_open:
+                raise RuntimeError(
+                    "routed, disabled or folded is active; leave it first. Threads must take turns"
+                )
+            self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+
+    def _warn_uncalled(self) -> None:
         """Warn about Linears that were not called. Their owner may read their weights directly."""
-        missed = [name for name, linear in self.linears.items() if not linear.skill_visited]
+        missed = [name for name, skills in self.skills.items() if not skills.was_called]
         # Without gradients `routed` may be opened just to read w.
-        nothing_ran = len(missed) == len(self.linears) and not torch.is_grad_enabled()
+        nothing_ran = len(missed) == len(self.skills) and not torch.is_grad_enabled()
         if not missed or nothing_ran:
             return
-        for name in missed:
-            self.linears[name].skill_visited = True  # warn once
+        self._set(was_called=True)  # warn once
         warnings.warn(
-            f"{len(missed)} of {len(self.linears)} adapted Linears were not called, so their "
+            f"{len(missed)} of {len(self.skills)} adapted Linears were not called, so their "
             f"skills cannot train: {', '.join(missed[:3])}",
             stacklevel=4,  # the line of the user's `with`
         )
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        """Apply .to() and the like. Router and allocation stay in float32 or wider."""
-        return super()._apply(lambda tensor: at_least_float32(tensor, function(tensor)), recurse)
+        """Apply .to(), .half() and the like. All tensors here stay in float32 or wider."""
 
-    def __getstate__(self) -> dict:
-        # Inside routed, disabled or folded the Linears may have another class, or hold one batch's
-        # weights.
-        if self._state not in ("", "removed"):
-            raise RuntimeError(f"{self._state}(): leave it before the model is copied or pickled")
-        return super().__getstate__()
+        def apply(tensor: Tensor) -> Tensor:
+            moved = function(tensor)
+            is_half = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device) if is_half else moved
+
+        return super()._apply(apply, recurse)
+
+
+class OrchMoE(Adapters):
+    """The Task Router, and the allocation matrices Z (N,K,S) of all adapted Linears."""
+
+    router_class: type[TaskRouter] | None = TaskRouter
+    settings = Adapters.settings | {"abstract_tasks", "allocation_std"}
+    rates = Adapters.rates | {"Z": "allocation", "router": "router"}
+
+    def __init__(
+        self, *inputs: Any, width: int = 0, generator: Generator | None = None, **options: Any
+    ):
+        """Make the skills, Z and the router. width: D of the embeddings."""
+        super().__init__(*inputs, generator=generator, **options)
+        N, K, S = len(self.linears), self.config.abstract_tasks, self.config.skills
+        Z = torch.empty(N, K, S).normal_(0, self.config.allocation_std, generator=generator)
+        self.Z = nn.Parameter(Z.to(next(self.parameters())))  # on the device of the first Linear
+        if self.router_class is not None:
+            self.router = self.router_class(width, K, generator).to(self.Z)
+
+    def allocation_weights(self, Z: Tensor | None = None) -> Tensor:
+        """Return Zhat of these Z (...,K,S), by default of all Linears (N,K,S)."""
+        if Z is None:
+            Z = self.Z
+        # sigmoid(Z) / sum_s sigmoid(Z). In logarithms, so that a row of tiny values is not 0 / 0.
+        return F.logsigmoid(Z).softmax(dim=-1)
+
+    def route(
+        self,
+        embeddings: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        w: Tensor | None = None,
+        **_options: Any,
+    ) -> Routing:
+        """Return w and c of all Linears. For the arguments see `routed`.
+
+        Raise ValueError for a w of a wrong shape.
+        """
+        Zhat = self.allocation_weights()  # (N,K,S)
+        K = Zhat.shape[1]
+        with full_precision(Zhat.device):
+            if w is None:
+                w = self.router(embeddings, mask)
+            if w.dim() not in (1, 2) or w.shape[-1] != K:
+                raise ValueError(f"w: expected (K,) or (B,K) with K = {K}, got {tuple(w.shape)}")
+            c = w.to(Zhat).reshape(-1, K) @ Zhat  # (N,B,S), or (N,1,S) for w (K,)
+        return Routing(c, w, shared=w.dim() == 1)
+
+
+# ------------------------------------------------------------------------------------- attaching
+
+
+def attach(
+    module: nn.Module,
+    config: OrchMoEConfig,
+    method: type[Adapters] = OrchMoE,
+    *,
+    width: int | None = None,
+    **options: Any,
+) -> Adapters:
+    """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
+
+    The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
+    of your own as well, call its requires_grad_() afterwards, and give it to the optimizer. In an
+    nn.Sequential, model[-1] is then the Adapters, and no longer your head. Attach, and fit the
+    router, before the model is compiled, or wrapped in DistributedDataParallel.
+
+    method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
+    is not that of the first Embedding. The options go to the method. num_tasks: how many training
+    tasks there are, for methods that read task ids. extra_rank: this many ranks are divided evenly
+    among the Linears. If a Linear gets e of them, each of its skills has rank R + e, and the scale
+    alpha / (R + e). mix: mix_skills, or the faster kernels.mix_skills. generator: source of the
+    initial values.
+
+    Raise ValueError, with the module unchanged, if a target does not exist, or if a part of the
+    module is compiled or has adapters already.
+    """
+    for child in module.modules():
+        # Compiled code may go on without the skills.
+        if hasattr(child, "_orig_mod") or child._compiled_call_impl or isinstance(child, Adapters):
+            raise ValueError("module: attach once, and before torch.compile")
+    linears = target_linears(module, config.targets)
+    width = width or embedding_width(module)
+    adapters = method(module, linears, config, width=width, **options)
+    adapters.parameter_groups()  # ValueError if a parameter has no learning rate
+
+    # All that can fail is done. Remember for `detach` what trained, then freeze the base.
+    parameters = module.named_parameters(remove_duplicate=False)
+    adapters.trained_before = {name: parameter.requires_grad for name, parameter in parameters}
+    module.requires_grad_(False)
+    adapters.hooks = []
+    for linear, skills in zip(linears.values(), adapters.skills.values(), strict=True):
+        # In front of the other hooks, which then see the output with skills.
+        adapters.hooks.append(linear.register_forward_hook(skills.hook, prepend=True))
+    module.skill_adapters = adapters.train(module.training)
+    return adapters
 
 
 def embedding_width(module: nn.Module) -> int:
@@ -989,65 +722,11 @@ def embedding_width(module: nn.Module) -> int:
     return widths[0]
 
 
-def attach(
-    module: nn.Module,
-    config: OrchMoEConfig,
-    mix: Mix = mix_skills,
-    *,
-    method: type[Method] = OrchMoE,
-    width: int | None = None,
-    num_tasks: int = 0,
-    extra_rank: int = 0,
-    generator: Generator | None = None,
-) -> Adapters:
-    """Freeze `module`, give skills to its Linears, and register `module.skill_adapters`.
-
-    The Linears are those named in config.targets. Their inputs must be batch-first. To train a head
-    of your own as well, call its requires_grad_() afterwards, and give it to the optimizer. In an
-    nn.Sequential, model[-1] is then the Adapters, and no longer your head. Attach, and fit the
-    router, before the model is wrapped in DistributedDataParallel, which would not synchronise the
-    skills.
-
-    mix: mix_skills, or the faster kernels.mix_skills; a method that mixes factors replaces it.
-    method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
-    is not that of the first Embedding. num_tasks: how many training tasks there are, for methods
-    that read task ids. extra_rank: this many ranks are divided evenly among the Linears. If a
-    Linear gets e of them, each of its skills has rank R + e, and the scale alpha / (R + e). Raise
-    ValueError, with the module unchanged, if a target does not exist or cannot have skills.
-    """
-    # The wrapper that torch.compile returns would give all names a prefix.
-    module = getattr(module, "_orig_mod", module)
-    linears = target_linears(module, config.targets)
-    N = len(linears)
-    S, R = method.skill_shape(config, num_tasks)
-    alpha = config.rank if config.alpha is None else config.alpha
-    skills = []
-    for n, linear in enumerate(linears.values()):
-        # The first n of the N Linears together have floor(n * extra_rank / N) of the extra ranks.
-        before = (n * extra_rank) // N
-        after = ((n + 1) * extra_rank) // N
-        rank = R + after - before
-        skills.append(new_skills(linear, S, rank, alpha / rank, mix, generator))
-    built = method(
-        linears,
-        skills,
-        config,
-        width=width or embedding_width(module),
-        num_tasks=num_tasks,
-        generator=generator,
-    )
-    adapters = Adapters(module, linears, skills, built)
-    adapters.config = config
-    module.skill_adapters = adapters.train(module.training)
-    return adapters
-
-
-def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
+def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Return {path: Linear} of the Linears named in `targets`, in the order of the module.
 
     "all" stands for every Linear but the output head, which is what a method
-    get_output_embeddings() returns. Raise ValueError if a target does not exist or cannot have
-    skills.
+    get_output_embeddings() returns. Raise ValueError if a target does not exist.
     """
     heads = []
     for child in module.modules():
@@ -1056,27 +735,12 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> Linears:
 
     available = set()
     found = {}
-    for owner_path, owner in module.named_modules():
-        for name, child in owner._modules.items():
-            if not isinstance(child, nn.Linear):
-                continue
-            path = f"{owner_path}.{name}".lstrip(".")
-            available.add(name)
-            if hasattr(child, "skill_A"):
-                raise ValueError(f"module: {path} has skills already; detach() them first")
-            is_wanted = name in targets or ("all" in targets and child not in heads)
-            if not is_wanted or child in found.values():  # one in two places is adapted once
-                continue
-            if "forward" in vars(child):
-                raise ValueError(
-                    f"targets: {path}: its forward was replaced, as accelerate does for a base on "
-                    "several devices, and would bypass the skills; put the base on one device"
-                )
-            if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-                raise ValueError(
-                    f"targets: {path}: its {type(owner).__name__} reads the weight without calling "
-                    "the Linear, which bypasses the skills; choose other Linears"
-                )
+    for path, child in module.named_modules():  # one in two places is adapted once
+        if not isinstance(child, nn.Linear):
+            continue
+        name = path.rpartition(".")[2]
+        available.add(name)
+        if name in targets or ("all" in targets and child not in heads):
             found[path] = child
 
     missing = set(targets) - {"all"} - available

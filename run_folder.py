@@ -44,7 +44,7 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly or FILE.py:Class
+    method: str = "orchmoe"  # a name in baselines.py or variants.py, or FILE.py:Class
     extra_rank: int = 0  # extra ranks in all, spread evenly over the adapted Linears
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps
@@ -94,9 +94,7 @@ RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("l
 def unread_settings(settings: Settings) -> dict[str, str]:
     """Return {field: reason} for the settings without effect: {"steps": "with --epochs"}."""
     reason = f"with --method {settings.method}"
-    read = settings_of_method(settings.method, settings.router)
-    if "router" in read:
-        reason += f" --router {settings.router}"
+    read = settings_of_method(settings.method)
     method_fields = {field.name for field in fields(OrchMoEConfig)} | RATES
     unread = dict.fromkeys(method_fields - read, reason)
     if settings.epochs:
@@ -341,8 +339,7 @@ def kind_of(adapters: Adapters) -> str:
 
     The class is part of it since programs in experiments/ put in routers of their own.
     """
-    method = adapters.method
-    return f"{method.kind or type(method).__name__}, {type(adapters.router).__name__}"
+    return f"{adapters.kind or type(adapters).__name__}, {type(adapters.router).__name__}"
 
 
 def new_folder(name: str) -> Path:

@@ -62,6 +62,7 @@ from support import program, runtime
 from support.program import UserError
 from tasks import FILE_FIELDS, DataConfig
 from tokenizer import load as load_tokenizer
+from variants import VARIANTS
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -132,7 +133,7 @@ def settings_to_resume(flags: dict[str, Any], run_dir: str) -> Settings:
 def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the run in --start: its base, method, adapters and data settings."""
     start = read_run(flags["start"]).settings
-    if start.method not in ("orchmoe", "lora", "moe-lora"):
+    if start.method not in ("orchmoe", "lora", "moe-lora", *VARIANTS):
         raise UserError(
             f"--start {flags['start']}: --method {start.method} cannot continue on other tasks; "
             "start from a run of orchmoe, lora or moe-lora"
@@ -182,7 +183,7 @@ def recommend(flags: dict[str, Any], model: str) -> None:
 
 def computes_as_base(adapters: Adapters) -> bool:
     """Return whether all B are 0, so that the adapted model computes what its base does."""
-    return not any(linear.skill_B.any() for linear in adapters.linears.values())
+    return not any(skills.B.any() for skills in adapters.skills.values())
 
 
 def freeze_parts(adapters: Adapters, settings: TrainConfig) -> None:
@@ -599,7 +600,7 @@ def print_size(run: Run, adapters: Adapters, train_set: Examples) -> None:
     label = run.settings.method
     if label == "lora":
         # With --extra-rank some Linears may have one rank more than others.
-        ranks = sorted({len(linear.skill_A[0]) for linear in adapters.linears.values()})
+        ranks = sorted({skills.A.shape[1] for skills in adapters.skills.values()})
         label = f"lora of rank {' to '.join(map(str, ranks))}"
     counts = count_parameters(adapters)
     skills, routing = counts["skills"], counts["routing"]
@@ -751,7 +752,7 @@ def print_next_commands(run_dir: Path, settings: Settings, launch: LaunchConfig)
     """Print two commands that a user may want after a run."""
     method = settings.method
     look = ["python", "eval.py", "--run", str(run_dir), "--split", "train", *device_flags(launch)]
-    if method == "orchmoe" and settings.router == "sample":
+    if method == "orchmoe":
         look = ["python", "-m", "experiments.explorer", "--run", str(run_dir)]  # on the CPU
     elif method in OWN_METHODS:
         method = OWN_METHODS[method].source

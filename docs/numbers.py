@@ -169,13 +169,13 @@ def without_one(loaded: Loaded) -> dict[str, list[float]]:
     spread = (c - mean_c).abs().mean(dim=(1, 2))  # (N,)
 
     losses = []
-    linears = list(adapters.linears.values())
-    for n in range(-1, len(linears)):  # -1: all are routed
+    skills = list(adapters.skills.values())
+    for n in range(-1, len(skills)):  # -1: all are routed
         total = 0.0
         tokens = 0
         for _, batch, _ in evaluation.routed_batches(base, adapters, examples, 64, "Linears"):
             if n >= 0:
-                linears[n].skill_weights = mean_c[n].expand(len(batch.ids), -1)
+                skills[n].c = mean_c[n].expand(len(batch.ids), -1)
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
             tokens += batch.target_tokens
         losses.append(total / tokens)
@@ -267,12 +267,13 @@ def walk_router(
     n = list(loaded.adapters.linears).index(LINEAR)
     Z = loaded.adapters.Z[n]  # (K,S)
     Zhat = Z.sigmoid() / Z.sigmoid().sum(dim=-1, keepdim=True)
-    assert_close(Zhat, routing.Zhat[0, n])
+    all_Zhat = loaded.adapters.allocation_weights()  # (N,K,S)
+    assert_close(Zhat, all_Zhat[n])
     skills = [f"skill {s + 1}" for s in range(Zhat.shape[1])]
     c_rows = []
     for name in LINEARS:
         position = list(loaded.adapters.linears).index(name)
-        c = routing.w[0] @ routing.Zhat[0, position]  # (S,)
+        c = routing.w[0] @ all_Zhat[position]  # (S,)
         assert_close(c, routing.c[position, 0])
         c_rows.append([name, *decimals(c)])
     return {
@@ -314,20 +315,21 @@ def walk_linear(loaded: Loaded, routing: Any, calls: dict) -> dict[str, Any]:
     linear = linears[LINEAR]
     x, y = calls[LINEAR]  # (L,D), (L,O)
     c = routing.c[n, 0]  # (S,)
-    S, R, D = linear.skill_A.shape
-    A = linear.skill_A.reshape(S * R, D)
-    B = linear.skill_B.reshape(S * R, -1)
+    skills = list(loaded.adapters.skills.values())[n]
+    S, R, D = skills.A.shape
+    A = skills.A.reshape(S * R, D)
+    B = skills.B.reshape(S * R, -1)
     h = x @ A.T  # (L,S R)
-    weights = linear.skill_scale * c.repeat_interleave(R)  # (S R,)
-    skills = (weights * h) @ B  # (L,O)
+    weights = skills.scale * c.repeat_interleave(R)  # (S R,)
+    added = (weights * h) @ B  # (L,O)
     frozen = x @ linear.weight.T  # (L,O)
-    assert_close(frozen + skills, y)
+    assert_close(frozen + added, y)
 
     ranks = []
     for s in range(S):
         ranks += [f"{s + 1}.{r + 1}" for r in range(R)]
     outputs = []
-    for name, value in (("$W_0 x$", frozen), ("skills", skills), ("$y$", y)):
+    for name, value in (("$W_0 x$", frozen), ("skills", added), ("$y$", y)):
         outputs.append([name, *decimals([*value[-1, :4], value[-1].norm()], 2)])
     return {
         "linear": LINEAR,

@@ -45,7 +45,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
@@ -207,25 +206,18 @@ def add_peft(
 # ------------------------------------------------------------------------------------ one Linear
 
 
-def skills_loop(
-    x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor, bias: None = None
-) -> Tensor:
-    """Compute orchmoe.mix_skills one skill after the other, as the equation says; c is (B,S)."""
-    A, B, c = A.to(x.dtype), B.to(x.dtype), (scale * c).to(x.dtype)
-    y = F.linear(x, weight, bias)
+def skills_loop(x: Tensor, y: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
+    """Compute orchmoe.mix_skills one skill after the other, for c (B,S)."""
     for s in range(len(A)):
-        y = y + c[:, s, None, None] * (x @ A[s].T @ B[s])
+        y = y + scale * c[:, s, None, None] * (x @ A[s].T @ B[s])
     return y
 
 
-def skills_einsum(
-    x: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float, weight: Tensor, bias: None = None
-) -> Tensor:
+def skills_einsum(x: Tensor, y: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: float) -> Tensor:
     """Keep the axis of the skills, as MoLoRA and peft's Arrow do: every output is stored."""
-    A, B, c = A.to(x.dtype), B.to(x.dtype), (scale * c).to(x.dtype)
     h = torch.einsum("bld,srd->blsr", x, A)
     outputs = torch.einsum("blsr,sro->blso", h, B)
-    return F.linear(x, weight, bias) + torch.einsum("bs,blso->blo", c, outputs)
+    return y + torch.einsum("bs,blso->blo", scale * c, outputs)
 
 
 def linear_contestants(
@@ -240,27 +232,28 @@ def linear_contestants(
         linear = nn.Linear(D, O, bias=False, device=device, dtype=dtype)
         return nn.Sequential(OrderedDict(q=linear)).requires_grad_(False)
 
-    def contestant(linear, *c):
-        trained = [p for p in linear.parameters() if p.requires_grad]
+    def contestant(linear, adapter, *c):
+        trained = [p for p in adapter.parameters() if p.requires_grad]
         for parameter in trained:
             nn.init.normal_(parameter, std=0.02)
         return lambda: torch.autograd.grad(linear(x), [x, *trained, *c], dy)
 
     def routed(mix=kernels.mix_skills):
         module = frozen()
-        orchmoe.attach(module, OrchMoEConfig(skills=8, rank=R, targets=("q",)), mix)
+        config = OrchMoEConfig(skills=8, rank=R, targets=("q",))
+        skills = orchmoe.attach(module, config, mix=mix).skills["q"]
         # As `routed` does. What makes c, once for all Linears, is in the training step.
-        c = torch.rand(samples, 8, device=device).requires_grad_()
-        module.q.skill_weights = c
-        return contestant(module.q, c)
+        c = torch.rand(samples, 8, device=device, dtype=dtype).requires_grad_()
+        skills.c = c
+        return contestant(module.q, skills, c)
 
     def lora(wide):
         module = nn.Sequential(OrderedDict(model=frozen()))  # with the names of a decoder
         add_peft(LORA, module, 8, wide, target_modules=["q"])
-        return contestant(module.model.q)
+        return contestant(module.model.q, module)
 
     found = {
-        "frozen Linear": contestant(frozen().q),
+        "frozen Linear": contestant(frozen().q, nn.Identity()),
         "routed Linear": routed(),
         "plain twin": routed(orchmoe.mix_skills),
         "loop over skills": routed(skills_loop),
@@ -611,8 +604,8 @@ def bench_decode(setup: Setup) -> Iterator[str]:
     for base in (folded, routed):
         adapters.append(our_adapters(setup, base).eval())
         torch.manual_seed(0)
-        for linear in adapters[-1].linears.values():
-            nn.init.normal_(linear.skill_B, std=0.02)
+        for skills in adapters[-1].skills.values():
+            nn.init.normal_(skills.B, std=0.02)
     to_fold, to_route = adapters
     ids = torch.randint(3, 1000, (1, length), device=setup.device)
     mask = torch.ones_like(ids, dtype=torch.bool)

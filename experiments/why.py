@@ -58,10 +58,8 @@ ROWS = {
     "orchmoe": Variant(),
     "frozen router": Variant({"lr_router": 0.0}, like="orchmoe"),
     "true task": Variant(like="orchmoe", replaced_router="task"),
-    "orchmoe, factors": Variant({"mixing": "factors"}),
-    "true task, factors": Variant(
-        {"mixing": "factors"}, like="orchmoe, factors", replaced_router="task"
-    ),
+    "orchmoe, factors": Variant({"method": "orchmoe-factors"}),
+    "true task, factors": Variant(like="orchmoe, factors", replaced_router="task, factors"),
     "mhr": Variant({"method": "mhr"}, replaced_router="no noise"),
     "lora": Variant({"method": "lora"}),
 }
@@ -329,7 +327,7 @@ def cells_of_draw(study: Study, seed: int) -> list[Cell]:
     extra_rank = extra_rank_of_true_task(study)
     rows = {}
     for name, row in ROWS.items():
-        if row.replaced_router == "task":
+        if row.replaced_router in ("task", "task, factors"):
             row = row._replace(settings={**row.settings, "extra_rank": extra_rank})
         rows[name] = row
     return study.cells("cells", rows, {"data": folder}, [seed], "replicate")

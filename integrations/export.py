@@ -98,12 +98,7 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
         require_base(saved, tensors)
         with torch.device("meta"):
             adapters = attach(base, adapter_config)
-            adapters.load_state_dict(state)  # compares names and shapes, but copies no values
-    whole_state = {}
-    for name, tensor in state.items():
-        prefix = "" if ".skill_" in name else "skill_adapters.method."
-        whole_state[prefix + name] = tensor
-    base.load_state_dict(whole_state, strict=False, assign=True)
+        adapters.load_state_dict(state, assign=True)
 
     # A tied table has several names, and the files have one of them.
     table = base.get_input_embeddings().weight
@@ -158,8 +153,6 @@ def mean_routing(
     tokenizer: Tokenizer,
 ) -> Tensor:
     """Return the mean w (K,) of the run's dev set."""
-    if adapters.router is None:
-        raise UserError(f"--mean: {adapters.unfoldable()}")
     data_config = replace(run.settings.part(DataConfig), test="")  # dev does not need that file
     if config.data:
         data_config = replace(data_config, data=config.data)
@@ -191,8 +184,8 @@ def save_router(
 ) -> None:
     """Write what a server needs to compute w of a prompt.
 
-    router.safetensors: W_task (K,D), bias (K), mu and sd (D). router.json: the settings of the
-    router, the fingerprint of the base in the folder `base`, and these facts:
+    router.safetensors: W_task (K,D), bias (K), mu and sd (D). router.json: the fingerprint of the
+    base in the folder `base`, and these facts:
 
     loras: the folders whose weights w holds, in this order.
     embedding: the name of the embedding table.
@@ -204,12 +197,8 @@ def save_router(
     checkpoint.write_safetensors(
         folder / "router.safetensors", router.state_dict(), {"format": "pt"}
     )
-    settings = {
-        "attention": router.config.router_attention,
-        "norm": router.config.router_norm,
-        "base": fingerprint(checkpoint.read_folder(base).values()),
-    }
-    program.write_json(folder / "router.json", settings | facts)
+    digest = fingerprint(checkpoint.read_folder(base).values())
+    program.write_json(folder / "router.json", {"base": digest} | facts)
 
 
 def export(config: ExportConfig) -> None:

@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-import kernels
-import orchmoe
-from orchmoe import Adapters, SkillLinear
+from orchmoe import Adapters, Skills
 from support import program
 from support.program import UserError
 
@@ -64,14 +62,14 @@ class Lora(NamedTuple):
     folder: str
 
 
-def linears_by_hf_name(adapters: Adapters) -> dict[str, SkillLinear]:
-    """Return the adapted Linears by the names that they have in transformers."""
-    linears = {}
-    for name, linear in adapters.linears.items():
+def skills_by_hf_name(adapters: Adapters) -> dict[str, Skills]:
+    """Return the skills by the names that their Linears have in transformers."""
+    found = {}
+    for name, skills in zip(adapters.linears, adapters.skills.values(), strict=True):
         # The rename rules expect the dot between the name of a module and its parameter.
         hf_name = checkpoint.hf_name(adapters.module, f"{name}.").removesuffix(".")
-        linears[hf_name] = linear
-    return linears
+        found[hf_name] = skills
+    return found
 
 
 @torch.no_grad()
@@ -88,28 +86,24 @@ def save_peft(
 
     Raise UserError if no LoRA equals this routing.
     """
-    linears = linears_by_hf_name(adapters)
-
-    reason = ""
-    if any(linear.skill_W_task is not None for linear in linears.values()):
-        reason = "with a token router every token has its own w"
-    mixes = {linear.skill_mix for linear in linears.values()}
-    if not mixes <= {orchmoe.mix_skills, kernels.mix_skills}:
-        reason = "skills that mix their factors are no LoRA of rank S R"
-    if reason:
-        raise UserError(f"not written: {reason}")
+    skills_class = adapters.skills_class
+    if not skills_class.is_linear:
+        raise UserError("not written: with a token router every token has its own w")
+    if skills_class.forward is not Skills.forward:
+        raise UserError("not written: skills that mix their factors are no LoRA of rank S R")
 
     # One rank for all Linears, since servers ignore patterns of ranks.
-    r = max(linear.skill_A.shape[0] * linear.skill_A.shape[1] for linear in linears.values())
+    by_name = skills_by_hf_name(adapters)
+    r = max(skills.A.shape[0] * skills.A.shape[1] for skills in by_name.values())
 
     c = adapters.route(w=w).c  # (N,1,S)
     if c.shape[1] != 1:
         raise UserError(f"not written: give the w (K,) of one sample, not {c.shape[1]}")
 
     tensors = {}
-    for (name, linear), c_linear in zip(linears.items(), c.squeeze(1), strict=True):
-        A = linear.skill_A.flatten(0, 1)  # (S R,D)
-        B = linear.skill_scale * c_linear[:, None, None] * linear.skill_B  # (S,R,O)
+    for (name, skills), c_linear in zip(by_name.items(), c.squeeze(1), strict=True):
+        A = skills.A.flatten(0, 1)  # (S R,D)
+        B = skills.scale * c_linear[:, None, None] * skills.B  # (S,R,O)
         B = B.flatten(0, 1).T  # (O,S R)
         padding = r - len(A)
         tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(A, (0, 0, 0, padding))  # (r,D)
@@ -126,7 +120,7 @@ def save_peft(
         "lora_alpha": r,  # the scale is in B already
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in linears}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in by_name}),
         "inference_mode": True,
     }
     checkpoint.write_safetensors(
@@ -208,10 +202,10 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
     Raise UserError if the Linears of a LoRA are not exactly the adapted ones: a Linear that is
     left out in silence would compute as the base.
     """
-    linears = linears_by_hf_name(adapters)
-    expected = {}  # (O,D) of each Linear; the weight of a quantised one has another shape
-    for name, linear in linears.items():
-        expected[name] = (linear.out_features, linear.in_features)
+    by_name = skills_by_hf_name(adapters)
+    expected = {}  # (O,D) of each Linear
+    for name, skills in by_name.items():
+        expected[name] = (skills.B.shape[-1], skills.A.shape[-1])
     for lora in loras:
         found = {name: (len(B), A.shape[1]) for name, (A, B) in lora.factors.items()}
         differing = sorted(found.items() ^ expected.items())
@@ -222,15 +216,15 @@ def set_skills(adapters: Adapters, loras: Sequence[Lora]) -> None:
             )
 
     ranks = [lora.rank for lora in loras]
-    for name, linear in linears.items():
-        S, R, _ = linear.skill_A.shape
+    for name, skills in by_name.items():
+        S, R, _ = skills.A.shape
         if len(loras) != S or max(ranks) > R:
             raise UserError(f"{name}: LoRAs of ranks {ranks} do not fit {S} skills of rank {R}")
 
-    for name, linear in linears.items():
-        linear.skill_A.zero_().requires_grad_(False)
-        linear.skill_B.zero_().requires_grad_(False)
+    for name, skills in by_name.items():
+        skills.A.zero_().requires_grad_(False)
+        skills.B.zero_().requires_grad_(False)
         for s, lora in enumerate(loras):
             A, B = lora.factors[name]
-            linear.skill_A[s, : lora.rank] = A
-            linear.skill_B[s, : lora.rank] = B.T / linear.skill_scale
+            skills.A[s, : lora.rank] = A
+            skills.B[s, : lora.rank] = B.T / skills.scale

@@ -27,7 +27,7 @@ import data
 import tokenizer
 from integrations.peft_folder import load_peft
 from integrations.trainer import fingerprint
-from orchmoe import OrchMoEConfig, TaskRouter
+from orchmoe import TaskRouter
 from support import program
 from tasks import DataConfig, instruction_prompt, row_of_prompt
 
@@ -57,14 +57,8 @@ class Router:
                 if not re.fullmatch(r"\w[\w.-]*", name):  # a path could lead out of the folder
                     raise ValueError(f"loras: {name!r:.60} is not a plain folder name")
             self.loras = [served / name for name in facts["loras"]]
-            settings = {
-                "abstract_tasks": len(self.loras),
-                "router_attention": facts["attention"],
-                "router_norm": facts["norm"],
-            }
-            config = program.from_json(OrchMoEConfig, vars(OrchMoEConfig()) | settings)
             self.table = tensors[facts["embedding"]]  # (V,D)
-            self.router = TaskRouter(self.table.shape[1], config)
+            self.router = TaskRouter(self.table.shape[1], len(self.loras))
             self.router.load_state_dict(state)
 
     @torch.no_grad()

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchmoe import TaskRouter
+
 ADAPTER_FILE = "adapter.pt"  # the only weights in a checkpoint folder
 # What adapters are bound to, and what to do if it is something else when they are loaded.
 REMEDIES = {
@@ -88,7 +90,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a model's frozen base, by name."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        if "skill_" not in name and isinstance(tensor, Tensor):
+        if "skill_adapters." not in name and isinstance(tensor, Tensor):
             weights[name] = tensor
     return weights
 
@@ -233,7 +235,8 @@ class RoutedTraining:
         if has_router and (is_packed or is_flattened):
             raise ValueError(
                 "packing: a packed row holds several samples, but the router weights the skills "
-                "once per row; set packing=False and padding_free=False, or use router='token'"
+                "once per row; set packing=False and padding_free=False, or attach the method "
+                "TokenRouted of variants.py"
             )
 
         labels = inputs.get("labels")
@@ -273,7 +276,7 @@ class RoutedTraining:
             return self.optimizer
 
         router = self.model.skill_adapters.router
-        if router is not None and not router.mu.any():
+        if isinstance(router, TaskRouter) and not router.mu.any():
             warnings.warn(
                 "the router was not fitted, so w is nearly equal for all samples; "
                 "call fit_router() before train()",
@@ -320,7 +323,7 @@ class RoutedTraining:
         """Return what the adapters belong to. It is saved with them and compared at loading."""
         adapters = self.model.skill_adapters
         return {
-            "method": type(adapters.method).__name__,
+            "method": type(adapters).__name__,
             "config": vars(adapters.config),
             "base": self.base,
         }

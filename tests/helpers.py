@@ -36,6 +36,7 @@ from support import runtime
 from support.program import read_json, run_program, warn, write_json
 from t5 import T5, T5Config
 from tokenizer import load as load_tokenizer
+from variants import TokenSkills
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -559,10 +560,10 @@ EXPORT_CONFIG = OrchMoEConfig(abstract_tasks=3, alpha=4.0)
 
 def stir(adapters, generator):
     """Set B and the token routers to random values, so that the outputs depend on the routing."""
-    for linear in adapters.linears.values():
-        nn.init.normal_(linear.skill_B, std=0.3, generator=generator)
-        if linear.skill_W_task is not None:
-            nn.init.normal_(linear.skill_W_task, generator=generator)
+    for skills in adapters.skills.values():
+        nn.init.normal_(skills.B, std=0.3, generator=generator)
+        if isinstance(skills, TokenSkills):
+            nn.init.normal_(skills.W_task, generator=generator)
 
 
 def seeded_generator(seed=0):
@@ -583,8 +584,8 @@ def load_adapted(folder, config=EXPORT_CONFIG, method="orchmoe", **options):
     base = checkpoint.load(folder, dtype=torch.float32)
     adapters = attach_method(method, base, config, generator=seeded_generator(), **options).eval()
     stir(adapters, seeded_generator(1))
-    for linear in adapters.linears.values():
-        linear.skill_B.data *= 0.1
+    for skills in adapters.skills.values():
+        skills.B.data *= 0.1
     return base, adapters
 
 

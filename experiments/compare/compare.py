@@ -39,13 +39,13 @@ import run_folder
 import tokenizer as tokenizers
 import train
 from baselines import (
+    BUILT_IN,
     METHODS,
     OWN_METHODS,
     Poly,
     attach_method,
     load_method,
     method_class,
-    settings_of_method,
 )
 from experiments.compare.routers import attach_with
 from experiments.compare.study import (
@@ -63,14 +63,14 @@ from experiments.compare.study import (
     share_cores,
 )
 from experiments.compare.tables import markdown, publish, verdicts
-from orchmoe import OrchMoEConfig
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
+from variants import VARIANTS
 
 # ------------------------------------------------------------------------------ what is compared
 
-BUILT_IN = tuple(METHODS)
+SIX = tuple(METHODS)
 
 DEFAULT_RUN = "ablations/default-s{seed}"
 # Each row has one difference from the default, except that the one that is told the true task has
@@ -80,13 +80,9 @@ ABLATIONS = {
     "default": Variant(),
     "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
     "w of another sample": Variant(w="other", run=DEFAULT_RUN),
-    "router: token": Variant({"router": "token"}),
     "router: random": Variant(replaced_router="random"),
     TOLD_THE_TASK: Variant(replaced_router="task"),
-    "router start: normal": Variant({"router_init": "normal"}),
-    "attention off": Variant({"router_attention": False}),
-    "w without softmax": Variant({"router_norm": "none"}),
-    "Gumbel noise on": Variant({"gumbel": True}),
+    **{name: Variant({"method": name}) for name in VARIANTS},
     "allocation start: sd 1": Variant({"allocation_std": 1.0}),
     "allocation start: sd 0.001": Variant({"allocation_std": 1e-3}),
     "K = 1": Variant({"abstract_tasks": 1}),
@@ -95,7 +91,6 @@ ABLATIONS = {
     "S = 1": Variant({"skills": 1}),
     "S = 2": Variant({"skills": 2}),
     "S = 8": Variant({"skills": 8}),
-    "factors mixed": Variant({"mixing": "factors"}),
 }
 DEFAULTS = {"out": "results/compare"}  # the other defaults are those of train.py and StudyConfig
 TIMED_STEPS = 5
@@ -105,17 +100,17 @@ TIMED_STEPS = 5
 class CompareConfig:
     """Comparison: what is compared."""
 
-    methods: tuple[str, ...] = BUILT_IN  # the first is compared with the others; also FILE.py:Class
+    methods: tuple[str, ...] = SIX  # the first is compared with the others; also FILE.py:Class
     ablations: bool = False  # OrchMoE with one change at a time, instead of the methods
     rows: tuple[str, ...] = ()  # these ablations (default: all)
 
     def __post_init__(self) -> None:
         built_in = [name for name in self.methods if ":" not in name]
-        require_choices("--methods", built_in, METHODS)
+        require_choices("--methods", built_in, BUILT_IN)
         require_choices("--rows", self.rows, ABLATIONS)
 
 
-def ablations(names: Sequence[str], adapter: OrchMoEConfig, num_tasks: int) -> dict[str, Variant]:
+def ablations(names: Sequence[str], settings: train.Settings, num_tasks: int) -> dict[str, Variant]:
     """Return "default", then these rows of ABLATIONS, or without names all that are possible.
 
     num_tasks: that of the training data; 0 if a row names no task. Raise UserError if a name is not
@@ -124,7 +119,7 @@ def ablations(names: Sequence[str], adapter: OrchMoEConfig, num_tasks: int) -> d
     rows = {}
     for name in ["default", *(names or ABLATIONS)]:
         try:
-            rows[name] = ablation(name, adapter, num_tasks)
+            rows[name] = ablation(name, settings, num_tasks)
         except UserError as error:
             if names:
                 raise
@@ -132,7 +127,7 @@ def ablations(names: Sequence[str], adapter: OrchMoEConfig, num_tasks: int) -> d
     return rows
 
 
-def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
+def ablation(name: str, settings: train.Settings, num_tasks: int) -> Variant:
     """Return a row of ABLATIONS for these settings. With another S it has another R: S R stays.
 
     Raise UserError if these settings do not allow the row.
@@ -140,17 +135,13 @@ def ablation(name: str, adapter: OrchMoEConfig, num_tasks: int) -> Variant:
     row = ABLATIONS[name]._replace(like="orchmoe")  # with the tuned values of "orchmoe"
     if name == TOLD_THE_TASK and num_tasks == 0:
         raise UserError(f"--rows {name}: a row of --data names no task")
-    needs_w = row.w or row.replaced_router or "mixing" in row.settings
-    if needs_w and adapter.router != "sample":
-        raise UserError(f"--rows {name}: --router {adapter.router} has no w of a sample")
-    read = settings_of_method("orchmoe", row.settings.get("router", adapter.router))
-    # What the row changes: not what the study has anyway, and not what its router does not read.
-    fields = [field for field, value in row.settings.items() if getattr(adapter, field) != value]
-    if row.settings and read.isdisjoint(fields):
+    # What the row changes: not what the study has anyway.
+    fields = [field for field, value in row.settings.items() if getattr(settings, field) != value]
+    if row.settings and not fields:
         raise UserError(f"--rows {name}: changes nothing in this study")
     if "skills" not in row.settings:
         return row
-    total = adapter.skills * adapter.rank
+    total = settings.skills * settings.rank
     skills = row.settings["skills"]
     if total % skills:
         raise UserError(f"--rows {name}: S R = {total} is no multiple of {skills}")
@@ -342,8 +333,7 @@ def print_next_commands(cells: Sequence[Cell], config: StudyConfig) -> None:
     else:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
     commands = [ask + launch]
-    can_export = settings.router == "sample" and settings.mixing == "outputs"
-    if settings.method == "lora" or (settings.method == "orchmoe" and can_export):
+    if settings.method in ("orchmoe", "lora"):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
     commands.append(["python", "train.py", *train.flags_of(settings), *launch])
@@ -380,14 +370,13 @@ def main() -> None:
         settings = train.with_steps(settings, data.require_set(sets, "train", settings))
 
     if config.ablations:
-        # A setting may be given if one of the two routers reads it.
-        either_router = [Variant(), Variant({"router": "token", "mixing": "outputs"})]
-        refuse_unread(flags, study_config, settings, either_router)
+        # A setting may be given if any row reads it.
+        refuse_unread(flags, study_config, settings, ABLATIONS.values())
         study = Study(settings, pick_device(study_config, settings), study_config, equal={})
         compare_ablations(study, config.rows)
         return
     names = [load_method(text) for text in config.methods]
-    require_choices("--methods", names, METHODS | OWN_METHODS)
+    require_choices("--methods", names, BUILT_IN | OWN_METHODS)
     if "lora" in names:  # the simplest method comes last: it is used unless another one is better
         names.remove("lora")
         names.append("lora")

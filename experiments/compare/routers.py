@@ -22,17 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines import MHR, Poly, attach_method
-from orchmoe import (
-    Adapters,
-    Linears,
-    OrchMoE,
-    OrchMoEConfig,
-    Routing,
-    Skills,
-    TaskRouter,
-    scale_for_entropy,
-)
+from baselines import MHR, attach_method
+from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter, scale_for_entropy
+from variants import FactorSkills
 
 
 def make_buffers(router: TaskRouter) -> None:
@@ -46,14 +38,13 @@ def make_buffers(router: TaskRouter) -> None:
 class RandomRouter(TaskRouter):
     """A router whose w is fixed for each sample, but as good as random: nothing is learnt."""
 
-    def __init__(self, width: int, config: OrchMoEConfig, generator: torch.Generator | None = None):
-        super().__init__(width, config)
+    def __init__(self, width: int, num_tasks: int, generator: torch.Generator | None = None):
+        super().__init__(width, num_tasks, generator)
         # So large that similar samples get unrelated w.
-        directions = 1e3 * torch.randn(self.W_task.shape, generator=generator)  # (K,D)
+        directions = 1e3 * torch.randn(num_tasks, width, generator=generator)  # (K,D)
         self.register_buffer("directions", directions, persistent=False)
-        K = config.abstract_tasks
-        phases = 2 * math.pi * torch.rand(1000, K, generator=generator)
-        self.scale = scale_for_entropy(phases.sin(), math.log(K) / 3)
+        phases = 2 * math.pi * torch.rand(1000, num_tasks, generator=generator)
+        self.scale = scale_for_entropy(phases.sin(), math.log(num_tasks) / 3)
         make_buffers(self)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,10 +60,7 @@ class RandomRouter(TaskRouter):
 class RandomRouting(OrchMoE):
     """OrchMoE with a RandomRouter, which the seed of the run draws."""
 
-    def __init__(self, *inputs: Any, generator: torch.Generator | None = None, **options: Any):
-        super().__init__(*inputs, generator=generator, **options)
-        mu = self.router.mu
-        self.router = RandomRouter(len(mu), self.config, generator).to(mu)
+    router_class = RandomRouter
 
 
 class Oracle(OrchMoE):
@@ -81,18 +69,19 @@ class Oracle(OrchMoE):
     All other tasks have w = 1/K.
     """
 
+    router_class = None
+
     def __init__(
         self,
-        linears: Linears,
-        skills: Skills,
+        module: nn.Module,
+        linears: dict[str, nn.Linear],
         config: OrchMoEConfig,
         *,
         num_tasks: int,
         **options: Any,
     ):
         config = replace(config, abstract_tasks=num_tasks)
-        super().__init__(linears, skills, config, **options)
-        self.router = None
+        super().__init__(module, linears, config, **options)
         K = num_tasks
         w = torch.cat([torch.eye(K), torch.full((1, K), 1 / K)])  # (K+1,K), unseen tasks last
         self.register_buffer("given_w", w.to(self.Z.device), persistent=False)
@@ -110,38 +99,10 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
-class ClusterPoly(Poly):
-    """Poly that is told the cluster of a sample in place of its task. It needs no task ids.
+class OracleOfFactors(Oracle):
+    """The Oracle of orchmoe-factors."""
 
-    The K clusters are those of the k-means from which OrchMoE's router starts. They do not train.
-    """
-
-    def __init__(
-        self,
-        linears: Linears,
-        skills: Skills,
-        config: OrchMoEConfig,
-        *,
-        width: int,
-        num_tasks: int = 0,
-        **options: Any,
-    ):
-        K = config.abstract_tasks
-        super().__init__(linears, skills, config, num_tasks=K, **options)
-        self.router = TaskRouter(width, config).to(self.Z)
-        make_buffers(self.router)
-
-    def route(
-        self,
-        embeddings: Tensor,
-        mask: Tensor | None = None,
-        *,
-        task_ids: Tensor | None = None,
-        **options: Any,
-    ) -> Routing:
-        """Route by the cluster of each sample, whatever its task is."""
-        cluster = self.router(embeddings, mask).argmax(dim=-1)  # (B,)
-        return super().route(task_ids=cluster, **options)
+    skills_class = FactorSkills
 
 
 class QuietMHR(MHR):
@@ -153,7 +114,7 @@ class QuietMHR(MHR):
 REPLACED = {
     "random": RandomRouting,
     "task": Oracle,
-    "cluster": ClusterPoly,
+    "task, factors": OracleOfFactors,
     "no noise": QuietMHR,
 }
 
@@ -161,7 +122,8 @@ REPLACED = {
 def attach_with(name: str) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly. no noise: see QuietMHR.
+    random: see RandomRouter. task: see Oracle. task, factors: see OracleOfFactors. no noise: see
+    QuietMHR.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:

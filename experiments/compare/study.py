@@ -838,7 +838,7 @@ class Study:
         searches = {}
         for name, row in rows.items():
             settings = self.settings_of(name, row, {})
-            read = settings_of_method(settings.method, settings.router)
+            read = settings_of_method(settings.method)
             start = {axis: getattr(settings, axis) for axis in self.config.axes if axis in read}
             if not start:
                 axes = ",".join(self.config.axes)

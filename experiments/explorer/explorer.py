@@ -69,7 +69,7 @@ def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loade
     """
     device = runtime.pick_device(device="cpu", dtype="float32")
     base, adapters, tokenizer = run_folder.load(device, run_dir=run_dir, model=model)
-    if not isinstance(adapters.method, OrchMoE) or adapters.router is None:
+    if not isinstance(adapters, OrchMoE) or adapters.router is None:
         raise UserError(
             f"{run_dir}: has no sample router of OrchMoE, so there are no weights of abstract "
             "tasks to show"
@@ -96,8 +96,8 @@ def collect(loaded: Loaded) -> dict[str, Any]:
     explored = {
         "run": loaded.run.path.name,
         "linears": list(loaded.adapters.linears),
-        "Zhat": rounded(loaded.adapters.allocation_weights()[0]),  # (N,K,S)
-        "sums_to_one": loaded.run.settings.router_norm == "softmax",
+        "Zhat": rounded(loaded.adapters.allocation_weights()),  # (N,K,S)
+        "sums_to_one": loaded.run.settings.method != "orchmoe-no-softmax",
         "mean_w": {},
         "tasks": [],
         "samples": [],

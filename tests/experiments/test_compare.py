@@ -69,7 +69,7 @@ def run(home, flags, *more):
 def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
     def size_and_scales(adapter):
         adapters = attach_method("orchmoe", small_t5, adapter)
-        scales = {linear.skill_scale / adapter.skills for linear in adapters.linears.values()}
+        scales = {skills.scale / adapter.skills for skills in adapters.skills.values()}
         adapters.detach()
         return adapter.skills * adapter.rank, scales
 
@@ -91,32 +91,26 @@ FEW |= {"max_source_length": 64, "abstract_tasks": 2, "dtype": "float32"}
 
 def test_ablations_that_are_not_possible_are_left_out_unless_they_are_named(capsys):
     every = list(compare.ABLATIONS)
-    assert list(compare.ablations([], OrchMoEConfig(), 5)) == every
+    assert list(compare.ablations([], train.Settings(), 5)) == every
     assert capsys.readouterr().err == ""
     every.remove(compare.TOLD_THE_TASK)
     every.remove("S = 8")
-    assert list(compare.ablations([], OrchMoEConfig(skills=4, rank=1), 0)) == every
+    assert list(compare.ablations([], train.Settings(skills=4, rank=1), 0)) == every
     warned = capsys.readouterr().err
     assert "left out: --rows S = 8: S R = 4 is no multiple of 8" in warned
-    assert list(compare.ablations(["K = 4", "default"], OrchMoEConfig(), 0)) == ["default", "K = 4"]
+    named = compare.ablations(["K = 4", "default"], train.Settings(), 0)
+    assert list(named) == ["default", "K = 4"]
     with refusal(r"--rows told the true task \(K = T\): a row of"):
-        compare.ablations([compare.TOLD_THE_TASK], OrchMoEConfig(), 0)
-    for name in ("w replaced by its mean", "factors mixed"):
-        with refusal(f"--rows {name}: --router token has no w"):
-            compare.ablations([name], OrchMoEConfig(router="token"), 5)
-    given = [("K = 4", {"abstract_tasks": 4}), ("S = 1", {"skills": 1}), ("router: token", {})]
-    given += [("attention off", {}), ("router start: normal", {})]
-    for name, options in given:
-        config = OrchMoEConfig(**{"router": "sample" if options else "token"} | options)
+        compare.ablations([compare.TOLD_THE_TASK], train.Settings(), 0)
+    for name, options in (("K = 4", {"abstract_tasks": 4}), ("S = 1", {"skills": 1})):
         with refusal(f"--rows {name}: changes nothing in this study"):
-            compare.ablations([name], config, 5)
+            compare.ablations([name], train.Settings(**options), 5)
 
 
 @pytest.mark.parametrize("K", [8, 24])
 def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start(K):
-    config = OrchMoEConfig(abstract_tasks=K)
     rng = torch.Generator().manual_seed(0)
-    router = routers.RandomRouter(32, config, rng)
+    router = routers.RandomRouter(32, K, rng)
     similar = torch.randn(1, 9, 32, generator=rng)
     embeddings = similar + 0.1 * torch.randn(400, 9, 32, generator=rng)
     mask = torch.ones(400, 9, dtype=torch.bool)
@@ -125,7 +119,7 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start(K):
     alone = router(embeddings[2:3, :6], mask[2:3, :6])
     assert torch.allclose(w[2:3], alone, atol=5e-2)  # no padding, no neighbours
     entropy = torch.special.entr(w).sum(-1).mean()
-    assert entropy == pytest.approx(math.log(config.abstract_tasks) / 3, rel=0.1)
+    assert entropy == pytest.approx(math.log(K) / 3, rel=0.1)
     # Similar samples share nothing.
     assert torch.corrcoef(torch.stack([w[:-1, 0], w[1:, 0]]))[0, 1].abs() < 0.2
 
@@ -155,16 +149,14 @@ def test_oracle_has_an_abstract_task_for_each_task(small_t5):
 def test_weights_that_are_not_read_are_not_counted(name, small_t5):
     method = "poly" if name == "cluster" else "orchmoe"
     adapters = routers.attach_with(name)(method, small_t5, OrchMoEConfig(), num_tasks=28)
-    assert [*dict(adapters.method.named_parameters())] == ["Z"]
+    names = dict(adapters.named_parameters())
+    assert [name for name in names if not name.startswith("skills.")] == ["Z"]
 
 
 def test_a_method_of_a_fixed_size_cannot_get_the_size_of_the_others(small_t5):
     class Fixed(OrchMoE):
-        def __init__(self, linears, skills, config, **options):
-            super().__init__(linears, skills, config, **options)
-            for attributes in skills:
-                for name in ("skill_A", "skill_B"):
-                    attributes[name] = torch.nn.Parameter(attributes[name].detach()[:, :1])
+        def __init__(self, *inputs, **options):
+            super().__init__(*inputs, **options | {"extra_rank": 0})
 
     with refusal("its size does not depend on its rank", UserError):
         sizes.rank_for_total(10**5, Fixed, small_t5, OrchMoEConfig(), num_tasks=3)
@@ -251,7 +243,7 @@ def test_a_cell_is_bound_to_its_settings_data_and_base(tmp_path):
     cell.require_same()  # there is no file
     program.write_json(cell.path, {"settings": {"row": "lora", **cell.made_with()}})
     cell.require_same()
-    others = [cell._replace(settings=study.changed(cell.settings, {"gumbel": True}))]
+    others = [cell._replace(settings=study.changed(cell.settings, {"alpha": 3.0}))]
     others += [cell._replace(facts=cell.facts | {name: "other"}) for name in cell.facts]
     for other in others:
         with refusal("lora.json: made with .*; give another --out"):
@@ -701,13 +693,13 @@ def test_a_file_that_is_not_of_the_comparison_is_not_replaced(small, home):
 
 
 @pytest.mark.parametrize(
-    "changes, is_exported",
-    [({}, True), ({"router": "token"}, False), ({"mixing": "factors"}, False)],
+    "method, is_exported",
+    [("orchmoe", True), ("orchmoe-token", False), ("orchmoe-factors", False)],
 )
 def test_the_commands_are_those_of_the_best_run_on_its_device_and_export_what_can_be_exported(
-    tmp_path, changes, is_exported, monkeypatch, capsys
+    tmp_path, method, is_exported, monkeypatch, capsys
 ):
-    cells = [cell_of(tmp_path, name, settings=train.Settings(**changes)) for name in "abc"]
+    cells = [cell_of(tmp_path, name, settings=train.Settings(method=method)) for name in "abc"]
     for cell, loss in zip(cells, (2.0, 1.0, 3.0), strict=True):
         program.write_json(cell.path, {"dev_loss": loss})
     monkeypatch.setattr(run_folder, "read_run", lambda folder: SimpleNamespace(facts={}))
@@ -731,7 +723,7 @@ REFUSED = {
     "--methods lora,poly --axes alpha,lr_router": "--axes lr_router: has no effect in this",
     "--methods lora,orchmoe --axes lr_router --data sni/own.jsonl": "--axes lr_router: lora has",
     "--methods lora,c-poly --data sni/own.jsonl": "CPoly routes by task id: every JSONL",
-    "--methods lora,poly --gumbel": "--gumbel: has no effect in this comparison",
+    "--methods lora,poly --lr-router 1": "--lr-router: has no effect in this comparison",
     "--methods moe-lora,orchmoe --no-tune --data sni/own.jsonl --lr-skills 0": "--lr-skills 0: the",
 }
 

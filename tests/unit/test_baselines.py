@@ -9,20 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import kernels
-import orchmoe
 import train
-from baselines import (
-    METHODS,
-    MHR,
-    attach_method,
-    load_method,
-    require_routing,
-    settings_of_method,
-)
+from baselines import BUILT_IN, MHR, attach_method, load_method, settings_of_method
 from experiments.compare.sizes import total
 from helpers import ROOT, check_equal, refusal, seeded_generator, stir
 from orchmoe import OrchMoEConfig, target_linears
+from variants import VARIANTS
 
 S, R, T, D = 3, 2, 5, 32
 CONFIG = OrchMoEConfig(skills=S, rank=R, abstract_tasks=4, alpha=5.0)
@@ -53,39 +45,52 @@ def rows_of_tasks(rows, unseen):
     return torch.stack([rows[i] if i >= 0 else unseen for i in TASK_IDS])
 
 
-def expected_weights(name, adapters, linear, x):
-    """Return the weights c of the skills of the first Linear, as the papers have them."""
-    if name == "lora":
-        return torch.ones(1, 1, dtype=torch.float64)
-    if name in ("moe-lora", HYDRA):
-        return (x @ linear.skill_W_task.T).softmax(-1)  # (B,L,S)
+def expected_weights(name, adapters):
+    """Return the weights c (B,H,S) of the first Linear's skills, as the papers have them."""
     rows = normalised(adapters.Z[0])  # (T,H,S)
     common = rows_of_tasks(rows, unseen=rows.mean(0))
-    if name == "mhr":
+    if name != "c-poly":
         return common
-    if name == "poly":
-        return common[:, 0]  # (B,S)
     private = rows_of_tasks(adapters.Z_private[0], unseen=torch.zeros(T))
-    return torch.cat([common[:, 0], private], 1)  # (B,S-1+T)
+    return torch.cat([common, private[:, None]], -1)  # (B,1,S-1+T)
+
+
+def mixed_outputs(x, A, B, c):
+    """Return sum_s c_s B_s A_s x for c (B,L,S)."""
+    return torch.einsum("bld,srd,sro,bls->blo", x, A.expand(len(B), -1, -1), B, c)
+
+
+def mixed_factors(x, A, B, c):
+    """Return (sum_s c_s B_s) (sum_s c_s A_s) x, for c (B,H,S) with its own mix in each head."""
+    weights = c.mT[:, :, None, :, None]  # (B,S,1,H,1)
+
+    def mixed(factors):
+        heads = factors.unflatten(-1, (c.shape[1], -1))  # (S,R,H,D/H)
+        return (weights * heads).sum(1).flatten(2)  # (B,R,D)
+
+    return x @ mixed(A).mT @ mixed(B)
 
 
 @pytest.mark.filterwarnings("ignore:.*adapted Linears were not called")
 @pytest.mark.parametrize("name", ["lora", "moe-lora", HYDRA, *BY_TASK_ID])
 def test_a_linear_is_the_equation_of_its_method(small_t5, name):
-    """The weights are those of the papers. test_kernels.py tests the functions that mix."""
     adapters = attached(name, small_t5)
     linear = next(iter(adapters.linears.values()))
+    skills = next(iter(adapters.skills.values()))
     x = torch.randn(4, 7, D, dtype=torch.float64)
-    mixes = {"mhr": kernels.mix_heads, "poly": orchmoe.mix_factors, "c-poly": orchmoe.mix_factors}
-    mix = mixes.get(name, orchmoe.mix_skills)
+    A, B = skills.A, skills.B
+    if name in BY_TASK_ID:
+        mixed = mixed_factors(x, A, B, expected_weights(name, adapters))
+    elif name == "lora":
+        mixed = x @ A[0].T @ B[0]
+    else:
+        mixed = mixed_outputs(x, A, B, (x @ skills.W_task.T).softmax(-1))
     rank = S * R if name == "lora" else R
-    c = expected_weights(name, adapters, linear, x)
-    A, B = linear.skill_A, linear.skill_B
+    assert A.shape[1] == rank
     assert len(A) == (1 if name == HYDRA else len(B))
-    expected = mix(x, A.expand(len(B), -1, -1), B, c, 5.0 / rank, linear.weight)
+    expected = x @ linear.weight.T + 5.0 / rank * mixed
     with adapters.routed(task_ids=TASK_IDS):
         torch.testing.assert_close(linear(x), expected, rtol=1e-10, atol=1e-12)
-    assert linear.skill_A.shape[1] == rank
 
 
 @pytest.mark.parametrize("name", BY_TASK_ID)
@@ -117,8 +122,8 @@ def test_without_noise_training_routes_as_evaluation_does(small_t5):
 
 
 def test_the_routings_start_as_stated(small_t5):
-    linears = attach_method("moe-lora", small_t5, OrchMoEConfig()).linears.values()
-    start = torch.cat([linear.skill_W_task.flatten() for linear in linears])
+    every_skills = attach_method("moe-lora", small_t5, OrchMoEConfig()).skills.values()
+    start = torch.cat([skills.W_task.flatten() for skills in every_skills])
     assert start.std().item() == pytest.approx(0.02, rel=0.1)
     small_t5.skill_adapters.detach()
     adapters = attach_method("c-poly", small_t5, OrchMoEConfig(), num_tasks=T)
@@ -129,7 +134,7 @@ def test_the_routings_start_as_stated(small_t5):
 # ---------------------------------------------------------------------------------------- refusals
 
 HEADS = replace(CONFIG, targets=("q", "head"))
-ONE_ROUTING = set(METHODS) - {"lora", "moe-lora"}
+ONE_ROUTING = set(BUILT_IN) - {"lora", "moe-lora"}
 CANNOT_ATTACH = [
     ("loraa", CONFIG, {"num_tasks": T}, "loraa"),
     *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),
@@ -151,17 +156,14 @@ def test_lora_adapts_the_head(small_t5):
 # ------------------------------------------------------------------------------ settings and sizes
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BUILT_IN)
 def test_settings_have_a_learning_rate_for_each_kind_of_parameter_that_trains(small_t5, method):
     names = {field.name for field in fields(OrchMoEConfig)}
-    for router in ("sample", "token"):  # it matters only to OrchMoE
-        config = OrchMoEConfig(router=router)
-        adapters = attach_method(method, small_t5, config, num_tasks=T)
-        kinds = {f"lr_{kind}" for kind, group in adapters.parameter_groups().items() if group}
-        read = settings_of_method(method, router)
-        assert read - names == kinds
-        assert kinds <= {field.name for field in fields(train.TrainConfig)}
-        adapters.detach()
+    adapters = attach_method(method, small_t5, OrchMoEConfig(), num_tasks=T)
+    kinds = {f"lr_{kind}" for kind, group in adapters.parameter_groups().items() if group}
+    assert settings_of_method(method) - names == kinds
+    assert kinds <= {field.name for field in fields(train.TrainConfig)}
+    assert ("abstract_tasks" in settings_of_method(method)) == (method in {"orchmoe", *VARIANTS})
 
 
 COUNTS = {  # skills, their rank, and parameters of the routing of one Linear D -> O
@@ -181,7 +183,7 @@ def test_extra_ranks_change_the_ranks_alone(small_t5):
         config = replace(CONFIG, rank=rank)
         options = {"extra_rank": extra, "generator": seeded_generator()}
         adapters = attach_method("orchmoe", small_t5, config, **options)
-        scales = [linear.skill_scale for linear in adapters.linears.values()]
+        scales = [skills.scale for skills in adapters.skills.values()]
         found.append((scales, adapters.state_dict()))
         adapters.detach()
     check_equal(*found)
@@ -200,19 +202,3 @@ def test_parameter_counts_are_the_closed_forms(small_t5, name, extra):
         more = (n + 1) * extra // len(linears) - n * extra // len(linears)
         expected += skills * (rank + more) * (D + linear.out_features) + routing
     assert found == expected
-
-
-def test_a_c_without_an_axis_of_linears_is_refused_whatever_its_size():
-    """Here N = B = S, so that c (B,S) has the first two and the last size of c (N,B,S)."""
-
-    class Flat(orchmoe.Method):
-        def __init__(self, *inputs, **options):
-            super().__init__()
-
-        def route(self, *inputs, **options):
-            return orchmoe.Routing(c=torch.ones(2, 2))
-
-    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    adapters = orchmoe.attach(base, OrchMoEConfig(skills=2, targets=("0", "1")), method=Flat)
-    with refusal(r"Flat.route: expected c \(N,B,S\) = \(2,2,2\), .* got \(2, 2\)"):
-        require_routing(adapters)
