@@ -32,7 +32,7 @@ from model import Backbone
 from orchmoe import Adapters, Routing
 from run_folder import Model, Run
 from support import program, runtime
-from support.program import UserError
+from support.program import UserError, require_text
 from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_question
 from tokenizer import Tokenizer
 
@@ -279,17 +279,18 @@ class EvalConfig:
         program.check(self, batch_size=1)
         if not (self.run or self.model):
             raise UserError("give --run, the folder of a run, or --model, the folder of a model")
+        for name in ("ask", "input", "prompt"):
+            require_text(program.flag(name), getattr(self, name))
 
 
 def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run | None) -> None:
     """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
     base, adapters, tokenizer = model
-    with program.checking_settings():  # a text may not be valid
-        if config.ask:
-            row = row_of_question(config.ask, config.input, tokenizer, data_config)
-        else:
-            row = row_of_prompt(config.prompt)
-        example = data.example_of(row, tokenizer, data_config)
+    if config.ask:
+        row = row_of_question(config.ask, config.input, tokenizer, data_config)
+    else:
+        row = row_of_prompt(config.prompt)
+    example = data.example_of(row, tokenizer, data_config)
     # T5 drops the final empty line. A user who gives --input wants the form of an instruction.
     rows_are_prompts = run is not None and not run.facts.get("instructions", True)
     if config.ask and not config.input and rows_are_prompts and tokenizer.one_row:

@@ -129,10 +129,10 @@ def facts_of(model: Model, settings: Settings, sets: dict[str, Examples]) -> dic
         "base": checkpoint.fingerprint(settings.model),
         "tokenizer": model.tokenizer.fingerprint,
         "method_class": class_of(model.adapters),
-        **sets["train"].facts,
         "train_tasks": sets["train"].digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
-        # Last: if other facts differ, too, a message names them and not the beginning of this list.
+        # Last: if other facts differ, too, a message names those and not the beginning of a list.
+        **sets["train"].facts,
         "tasks": list(sets["train"].tasks),
     }
 
@@ -155,9 +155,9 @@ def fit_router(
 def load_start(run: Run, adapters: Adapters) -> None:
     """Load the adapters of the run in --start. Raise UserError if they do not fit this run."""
     start = read_run(run.settings.start)
-    names = {"base", "tokenizer", "method_class", "extra_rank"} | vars(OrchMoEConfig()).keys()
+    names = ["base", "tokenizer", "method_class", "extra_rank", *vars(OrchMoEConfig())]
     if not issubclass(method_class(run.settings.method), (OrchMoE, LoRA, MoELoRA)):
-        names.add("tasks")  # the method may have weights for each task
+        names.append("tasks")  # the method may have weights for each task
     start.require_same(**{name: run.identity[name] for name in names})
     adapters.load_state_dict(start.read_best())
 
@@ -336,19 +336,21 @@ def train(
     if settings.compile == "on":
         base.compile_blocks()
     optimizer = make_optimizer(adapters, settings)
-    folder = Path(launch.out or new_folder(f"runs/{settings.method}"))
-    run = Run(folder, settings, facts_of(model, settings, sets))
+    run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
+    if not (launch.out and (run.path / "progress.pt").exists()):
+        give_initial_values(run, model, train_set)
+    if not launch.out:
+        run.path = new_folder(f"runs/{settings.method}")
 
     with run.open(), program.stop_signals(say) as stop_requested:
         # Resume or begin. Skills that were loaded stay the best until a step is better on dev.
         progress = run.resume(adapters, optimizer)
-        is_new = progress is None
-        if is_new:
-            progress = Progress()
-            give_initial_values(run, model, train_set)
         runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
-        if is_new and any(linear.skill_B.any() for linear in adapters.linears.values()):
-            say(evaluate(run, model, progress, dev, step=-1))
+        if progress is None:
+            progress = Progress()
+            if any(linear.skill_B.any() for linear in adapters.linears.values()):
+                say(evaluate(run, model, progress, dev, step=-1))
+                run.save_progress(progress, adapters, optimizer)
         size = sum(count_parameters(adapters).values())
         epochs = settings.steps * settings.batch_size / len(train_set)
         say(

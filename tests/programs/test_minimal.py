@@ -16,7 +16,7 @@ def test_losses_are_those_of_train(tmp_path):
     flags = {"steps": STEPS, "warmup": 10, "eval_every": STEPS, "eval_instances": 10}
     settings = train.Settings(**flags, dtype="float32")
     device = runtime.pick_device(device="cpu", dtype="float32")
-    train.train(settings, device, train.LaunchConfig(out=str(tmp_path)), final_scores=False)
+    train.train(settings, device, train.LaunchConfig(out=str(tmp_path)))
     expected = [row["loss"] for row in records(tmp_path) if "loss" in row]
 
     losses = list(minimal.train(steps=STEPS, warmup=10))
