@@ -1,24 +1,25 @@
-"""A run of train.py: its settings, what it is bound to, and the files in its folder.
+"""A run of train.py: its settings, its facts, and the files in its folder.
 
-    config.json           the settings, and the facts that the run is bound to
+    config.json           the settings, and the facts: fingerprints of the base, the data, ...
     metrics.jsonl         one line for each step, and one for each evaluation
     progress.pt           the last state, from which the run resumes
     adapter.safetensors   the adapter with the lowest dev loss
     scores.json           scores on seen and unseen tasks
 
+Settings and facts are the identity of a run. progress.pt and adapter.safetensors hold it, too, and
+`Run.require_same` compares it with what is found.
+
 metrics.jsonl grows line by line. Every other file is written completely or not at all. Only rank 0
-writes. progress.pt and adapter.safetensors hold the id of their run, see `Run.run_id`.
+writes.
 
 Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 """
 
-import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import checkpoint
-from baselines import attach_method, load_method, settings_of_method, without_adapters
+from baselines import attach_method, settings_of_method, without_adapters
 from model import Backbone
 from orchmoe import Adapters, OrchMoEConfig
 from support import program, runtime
@@ -61,11 +62,11 @@ class TrainConfig:
     eval_instances: int = 2000  # evaluate at most this many instances of each set (0: all)
     checkpoint_blocks: bool = False  # gradient checkpointing: less memory, more time
     dtype: runtime.DtypeChoice = "auto"  # dtype of the frozen base (auto: the faster one here)
-    compile: Literal["auto", "on", "off"] = "auto"  # compile the blocks; auto: in long runs on CUDA
-    start: str = ""  # run to start from: its base, method, adapter and data settings
+    compile: Literal["on", "off"] = "off"  # compile the blocks; this pays in long runs on CUDA
+    start: str = ""  # run to start from: its adapter, and its settings where no flag is given
 
     def __post_init__(self) -> None:
-        program.require_least(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
+        program.check(self, steps=1, batch_size=1, accumulate=1, eval_every=1)
 
     @property
     def eval_batch_size(self) -> int:
@@ -86,31 +87,26 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
         return program.from_flags(cls, vars(self))
 
 
-# Paths that a resumed run may change, since the same files may be elsewhere.
-PATHS = {"model", "data", "test"}
+PATHS = {"model", "data", "test"}  # a resumed run may find the same files elsewhere
+# No number depends on these: the facts identify the files, and a machine may have no compiler.
+NOT_BOUND = {*PATHS, "start", "compile"}
 RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("lr_")}
 
 
 def unread_settings(settings: Settings) -> dict[str, str]:
     """Return {field: reason} for the settings without effect: {"steps": "with --epochs"}."""
-    reason = f"with --method {settings.method}"
-    read = settings_of_method(settings.method)
-    method_fields = {field.name for field in fields(OrchMoEConfig)} | RATES
-    unread = dict.fromkeys(method_fields - read, reason)
+    of_method = {field.name for field in fields(OrchMoEConfig)} | RATES
+    of_method -= settings_of_method(settings.method)
+    unread = dict.fromkeys(of_method, f"with --method {settings.method}")
+    unread |= dict.fromkeys(settings.idle, f"with --data {settings.data}")
     if settings.epochs:
         unread["steps"] = "with --epochs"
-    return unread | dict.fromkeys(settings.idle, f"with --data {settings.data}")
+    return unread
 
 
 # ---------------------------------------------------------------------------------------- the run
 
 TRAIN_AGAIN = "restore the file, or train again"  # the remedy for a damaged file
-# The remedy for a changed fact; "held_out" has its own.
-RESTORE = "restore it (if it moved, give --model, --data, --test or --method), or start a new run"
-RESTORE_HELD_OUT = (
-    "rows that are held out now may have been training rows; restore --data, score new rows with "
-    "eval.py --test FILE --split test, or start a new run"
-)
 
 
 class Model(NamedTuple):
@@ -127,119 +123,86 @@ class Progress:
 
     next_step: int = 0  # counted from 0
     best_loss: float = math.inf  # the lowest dev loss so far
-    initial_w: Tensor | None = None  # w (M,K) of the M dev examples before training
-    best_router: dict[str, float] | None = None  # eval.router_report of the weights with that loss
 
 
+@dataclass
 class Run:
-    """A run: its folder, its settings, and the facts that it is bound to.
+    """A run: its folder, its settings, and its facts.
 
-    The facts are JSON values, see `train.train`: fingerprints of the base, of the tokenizer, of the
-    task files and of the adapter in --start, the method, the names of the training tasks, and what
+    The facts are JSON values, see `train.facts_of`: fingerprints of the base, of the tokenizer and
+    of the task files, the class of the method, the names of the training tasks, and what
     tasks.jsonl_rows says about rows of JSONL.
     """
 
-    def __init__(self, path: str | Path, settings: Settings, facts: dict[str, Any]):
-        self.path = Path(path)
-        self.settings = settings
-        self.facts = facts
-        self.config_path = self.path / "config.json"
-        self.log_path = self.path / "metrics.jsonl"
-        self.progress_path = self.path / "progress.pt"
-        self.adapter_path = self.path / "adapter.safetensors"
-        self.scores_path = self.path / "scores.json"
+    path: Path
+    settings: Settings
+    facts: dict[str, Any]
 
     @property
-    def run_id(self) -> str:
-        """Return a hash of the facts and the settings, 16 hex digits.
-
-        Paths are left out, since the facts have fingerprints of the files. So is `compile`, since a
-        resumed run may change it.
-        """
-        values = asdict(self.settings)
-        for name in PATHS | {"start", "compile"}:
-            del values[name]
-        content = json.dumps([values, self.facts], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """Return the settings and facts that the numbers depend on, as JSON has them."""
+        identity = asdict(self.settings) | self.facts
+        for name in NOT_BOUND:
+            del identity[name]
+        return json.loads(json.dumps(identity))
 
     def require_same(self, **found: Any) -> None:
-        """Raise UserError if one of the facts differs from what is found now."""
+        """Raise UserError if a part of the identity differs from what is found now."""
+        identity = self.identity
         for name, value in found.items():
-            saved = self.facts.get(name)
-            if value != saved:
-                remedy = RESTORE_HELD_OUT if name == "held_out" else RESTORE
+            if value != identity.get(name):
+                saved = identity.get(name)
                 raise UserError(
-                    f"{self.path}: {name} is {value!r:.60}, but the run began with {saved!r:.60}; "
-                    f"{remedy}"
+                    f"{self.path}: {name} is {value!r:.60}, but the run has {saved!r:.60}; restore "
+                    "it (if it moved, give its flag), or start a new run"
                 )
-
-    def require_own(self, run_id: Any) -> None:
-        """Raise ValueError if a file with this run_id belongs to another run."""
-        if run_id != self.run_id:
-            raise ValueError("belongs to another run, with other settings, base or data")
 
     # ----------------------------------------------------------------------- while the run trains
 
-    def require_new(self) -> None:
-        """Raise UserError if a file that the run writes exists."""
-        paths = [self.config_path, self.log_path, self.progress_path]
-        paths += [self.adapter_path, self.scores_path]
-        program.require_new(paths, "add --resume, or give another --out")
-
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Make the folder and lock it. Remove what killed processes left incomplete.
+    def open(self) -> Iterator[None]:
+        """Make the folder, lock it, and write config.json, in a resumed run with its new paths.
 
-        Raise UserError if another process has locked it.
+        Raise UserError if another process has locked the folder, if it belongs to another run, or
+        if it has other files that the run would write.
         """
+        config_path = self.path / "config.json"
         with program.locked_folder(self.path, "wait, or change --out"):
             if program.rank() == 0:
-                for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # see program.atomic_write
+                for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # of a killed process
                     incomplete.unlink()
+                if config_path.exists():
+                    read_run(self.path).require_same(**self.identity)
+                else:
+                    names = ("metrics.jsonl", "progress.pt", "adapter.safetensors", "scores.json")
+                    paths = [self.path / name for name in names]
+                    program.require_new([config_path, *paths], "give another --out")
+            settings = asdict(self.settings)
+            for name in PATHS | {"start"}:
+                if settings[name]:  # so that the run can be resumed from any working folder
+                    settings[name] = str(Path(settings[name]).absolute())
+            program.write_json(config_path, {"settings": settings, "facts": self.facts})
             yield
-
-    def bind(self) -> None:
-        """Write config.json, in a resumed run with its new paths.
-
-        Raise UserError if the folder belongs to another run.
-        """
-        if self.config_path.exists():
-            saved = read_run(self.path)
-            saved.require_same(**self.facts)
-            with program.reading(self.config_path, TRAIN_AGAIN):
-                self.require_own(saved.run_id)
-        elif program.rank() == 0:  # another rank might find what rank 0 has just written
-            self.require_new()
-        settings = asdict(self.settings)
-        for name in PATHS | {"start"}:
-            if settings[name]:  # so that the run can be resumed from any working folder
-                settings[name] = str(Path(settings[name]).absolute())
-        values = {"settings": settings, "facts": self.facts, "torch": str(torch.__version__)}
-        program.write_json(self.config_path, values)  # on rank 0
 
     def log(self, **record: Any) -> None:
         """Add a line to metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
         if program.rank() == 0:
-            with program.naming_write_errors(self.log_path), open(self.log_path, "ab") as file:
+            with program.naming_write_errors(path), open(path, "ab") as file:
                 file.write(program.to_json(record))
-
-    def log_size(self) -> int:
-        """Return the size of metrics.jsonl in bytes."""
-        return self.log_path.stat().st_size if self.log_path.exists() else 0
 
     def save_progress(self, progress: Progress, adapters: Adapters, optimizer: Optimizer) -> None:
         """Write progress.pt."""
-        if program.rank() != 0:
-            return
-        state = {
-            "run_id": self.run_id,
-            "progress": vars(progress),
-            "log_size": self.log_size(),
-            "adapters": adapters.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        with program.atomic_write(self.progress_path) as file:
-            torch.save(state, file)
+        if program.rank() == 0:
+            state = {
+                "run": self.identity,
+                "progress": vars(progress),
+                "log_size": (self.path / "metrics.jsonl").stat().st_size,
+                "adapters": adapters.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            with program.atomic_write(self.path / "progress.pt") as file:
+                torch.save(state, file)
 
     def resume(self, adapters: Adapters, optimizer: Optimizer) -> Progress | None:
         """Load progress.pt into adapters and optimizer, and remove the log lines of later steps.
@@ -247,97 +210,55 @@ class Run:
         Return None if nothing was saved yet, so that the run begins at step 0. Raise UserError if
         progress.pt is damaged, belongs to another run, or is missing although the run is finished.
         """
+        path = self.path / "progress.pt"
         progress = None
         log_size = 0
-        if self.progress_path.exists():
-            state = checkpoint.read_torch(self.progress_path)
-            with program.reading(self.progress_path, TRAIN_AGAIN):
-                self.require_own(state["run_id"])
+        if path.exists():
+            state = checkpoint.read_torch(path)
+            with program.reading(path, TRAIN_AGAIN):
+                self.require_same(**state["run"])
                 adapters.load_state_dict(state["adapters"])
                 optimizer.load_state_dict(state["optimizer"])
                 progress = Progress(**state["progress"])
                 log_size = state["log_size"]
-            if progress.best_loss < math.inf:
-                self.read_best()  # fail now rather than after the last step
-        elif self.settings.method in self.read_scores():  # it is scored, so it is finished
+        elif (self.path / "scores.json").exists():  # train.py writes it after the last step
             raise UserError(
-                f"{self.progress_path}: missing, but the run is finished; put it back, or give "
-                "another --out to train again"
+                f"{path}: missing, but the run is finished; put it back, or give another --out to "
+                "train again"
             )
-        if self.log_size() > log_size and program.rank() == 0:
-            os.truncate(self.log_path, log_size)  # later steps are run again
+        if program.rank() == 0:
+            with open(self.path / "metrics.jsonl", "ab") as file:
+                file.truncate(min(log_size, file.tell()))  # later steps are run again
         return progress
-
-    def save_best(self, adapters: Adapters) -> None:
-        """Write the adapter with the lowest dev loss.
-
-        The file also has its config, its method and the fingerprint of its base.
-        """
-        if program.rank() != 0:
-            return
-        about = {
-            "run_id": self.run_id,
-            "method": self.facts["method"],
-            "config": asdict(self.settings.part(OrchMoEConfig)),
-            "base": self.facts["base"],
-        }
-        # Copies, because safetensors refuses tensors that share memory.
-        state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
-        checkpoint.write_safetensors(self.adapter_path, state, {"adapter": json.dumps(about)})
 
     # -------------------------------------------------------------------------------- its results
 
-    def warn_if_unfinished(self) -> None:
-        """Warn if progress.pt says that steps are missing. Without the file this is not known."""
-        if self.progress_path.exists():
-            steps = self.settings.steps
-            state = checkpoint.read_torch(self.progress_path)
-            with program.reading(self.progress_path, TRAIN_AGAIN):
-                done = state["progress"]["next_step"]
-            if done < steps:
-                program.warn(
-                    f"{self.path}: this run has saved {done} of its {steps} steps, so its weights "
-                    "are only the best so far; train.py --resume goes on"
-                )
+    def save_best(self, adapters: Adapters) -> None:
+        """Write the adapter with the lowest dev loss, with the identity of its run."""
+        if program.rank() == 0:
+            # Copies, because safetensors refuses tensors that share memory.
+            state = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
+            metadata = {"run": json.dumps(self.identity)}
+            checkpoint.write_safetensors(self.path / "adapter.safetensors", state, metadata)
 
     def read_best(self) -> dict[str, Tensor]:
         """Return the state of the adapter that was best on dev.
 
-        Raise UserError if it is missing, or belongs to another run.
+        Raise UserError if it is missing or damaged, or belongs to another run.
         """
         runtime.barrier()  # rank 0 may still be writing
-        remedy = "restore it, resume the run if it was never evaluated, or start a new run"
-        path = program.require_path(self.adapter_path, remedy)
+        path = self.path / "adapter.safetensors"
+        program.require_path(path, "restore it, or resume the run if it was never evaluated")
         state, metadata = checkpoint.read_safetensors(path)
         with program.reading(path, TRAIN_AGAIN):
-            self.require_own(json.loads(metadata["adapter"])["run_id"])
+            self.require_same(**json.loads(metadata["run"]))
         return state
 
-    def load_best(self, adapters: Adapters) -> None:
-        """Load the adapter that was best on dev."""
-        state = self.read_best()
-        with program.reading(self.adapter_path, TRAIN_AGAIN):
-            adapters.load_state_dict(state)
 
-    def adapter_digest(self) -> str:
-        """Return 16 hex digits that identify the adapter that was best on dev."""
-        return hashlib.sha256(self.adapter_path.read_bytes()).hexdigest()[:16]
+def class_of(adapters: Adapters) -> str:
+    """Return a name for what computes the routing: the classes of the method and of its router.
 
-    def add_scores(self, name: str, scores: dict[str, dict]) -> dict[str, dict]:
-        """Add the scores of the model `name` to scores.json. Return the scores of all models."""
-        all_scores = self.read_scores() | {name: scores}
-        program.write_json(self.scores_path, all_scores)  # on rank 0
-        return all_scores
-
-    def read_scores(self) -> dict[str, dict]:
-        """Return the content of scores.json: {name of a model: {"seen": ..., "unseen": ...}}."""
-        return program.read_json(self.scores_path) if self.scores_path.exists() else {}
-
-
-def kind_of(adapters: Adapters) -> str:
-    """Return a name for what computes the routing: the method, and the class of its router.
-
-    The class is part of it since programs in experiments/ put in routers of their own.
+    The router's class is part of it since programs in experiments/ put in routers of their own.
     """
     return f"{adapters.kind or type(adapters).__name__}, {type(adapters.router).__name__}"
 
@@ -358,7 +279,7 @@ def new_folder(name: str) -> Path:
     return Path(f"{name}-{runtime.gather_from_ranks(number)[0]}")
 
 
-# ---------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------ building, loading
 
 
 def read_run(run_dir: str | Path) -> Run:
@@ -369,21 +290,7 @@ def read_run(run_dir: str | Path) -> Run:
     values = program.read_json(path)
     with program.reading(path, remedy):
         settings = program.from_json(Settings, values["settings"])
-        facts = values["facts"]
-        if not isinstance(facts, dict):
-            raise ValueError("facts: expected an object")
-        return Run(run_dir, settings, facts)
-
-
-def load_own_method(run: Run, text: str) -> None:
-    """Load the file of `--method FILE.py:Class`. Raise UserError if the run has another method.
-
-    The file may have moved: settings.method is the name of the class, and the facts have a hash of
-    the file.
-    """
-    name = load_method(text)
-    if run.settings.method != name:
-        raise UserError(f"--method {text}: the method of the run is {run.settings.method}")
+        return Run(Path(run_dir), settings, dict(values["facts"]))
 
 
 def attach_adapters(
@@ -405,6 +312,42 @@ def attach_adapters(
         )
 
 
+def build(
+    settings: Settings,
+    device: runtime.Device,
+    num_tasks: int,
+    attach_function: Callable[..., Adapters] = attach_method,
+    shard: bool = False,
+) -> Model:
+    """Return the frozen base of a run, its adapters at their initial values, and its tokenizer.
+
+    num_tasks: number of training tasks. attach_function: a function like baselines.attach_method,
+    for studies that change the routing. shard: split the base over the processes of torchrun. Raise
+    UserError if the tokenizer or the adapters do not fit.
+    """
+    tokenizer = load_tokenizer(settings.model)
+    base = checkpoint.load(settings.model, dtype=None)  # its weights are views of the files
+    config = base.config
+    if tokenizer.size > config.vocab_size or set(tokenizer.eos_ids).isdisjoint(config.eos_ids):
+        raise UserError(
+            f"{settings.model}: its tokenizer has {tokenizer.size} tokens and the EOS "
+            f"{tokenizer.eos_ids}, but the model (config.json, generation_config.json) has "
+            f"{config.vocab_size} and {config.eos_ids}; give the files of one model"
+        )
+    base.checkpoint_blocks = settings.checkpoint_blocks
+    if not shard:  # runtime.shard moves one block at a time
+        base.to(device.torch_device, device.dtype)
+    adapters = attach_adapters(settings, base, num_tasks, attach_function)
+    if shard:
+        runtime.shard(base, base.blocks, device)
+    return Model(base, adapters, tokenizer)
+
+
+def attach_nothing(method: str, base: Backbone, config: OrchMoEConfig, **options: Any) -> Adapters:
+    """Take the place of baselines.attach_method for a bare model."""
+    return without_adapters(base)
+
+
 def load(
     device: runtime.Device,
     *,
@@ -416,29 +359,22 @@ def load(
     """Load the result of a run, in eval mode: its best adapters on its base.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
-    folder of its base, if that has moved. shard: split the base over the processes of torchrun.
-    attach_function: a function like baselines.attach_method, for studies that change the routing.
-    Raise UserError if the base, tokenizer, method or adapter is not the one of the run.
+    folder of its base, if that has moved. For shard and attach_function see `build`. Raise
+    UserError if the base, tokenizer, method or adapter is not the one of the run.
     """
-    run = read_run(run_dir) if run_dir else None
-    if run is not None and not model:
-        remedy = "it is the base of the run; if it has moved, give --model"
-        model = program.require_path(run.settings.model, remedy)
+    if not run_dir:
+        return build(Settings(model=str(model)), device, 0, attach_nothing, shard)
 
-    tokenizer = load_tokenizer(model)
-    base = checkpoint.load(model, dtype=None)
-    if run is not None:
-        run.require_same(tokenizer=tokenizer.fingerprint, base=base.fingerprint)
-    if not shard:  # runtime.shard moves one block at a time
-        base.to(device.torch_device, device.dtype)
-    if run is None:
-        adapters = without_adapters(base)
-    else:
-        run.warn_if_unfinished()
-        run.read_best()  # a damaged file must fail before adapters take memory
-        adapters = attach_adapters(run.settings, base, len(run.facts["tasks"]), attach_function)
-        run.require_same(method=kind_of(adapters))
-        run.load_best(adapters)
-    if shard:
-        runtime.shard(base, base.blocks, device)
-    return Model(base, adapters.eval(), tokenizer)
+    run = read_run(run_dir)
+    best = run.read_best()  # a damaged file must fail before adapters take memory
+    settings = replace(run.settings, model=str(model or run.settings.model))
+    loaded = build(settings, device, len(run.facts["tasks"]), attach_function, shard)
+    run.require_same(
+        base=loaded.base.fingerprint,
+        tokenizer=loaded.tokenizer.fingerprint,
+        method_class=class_of(loaded.adapters),
+    )
+    with program.reading(run.path / "adapter.safetensors", TRAIN_AGAIN):
+        loaded.adapters.load_state_dict(best)
+    loaded.adapters.eval()
+    return loaded

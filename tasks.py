@@ -64,7 +64,7 @@ class DataConfig:
     max_tasks: int = 0  # read only the first N tasks of each list (0: all)
 
     def __post_init__(self) -> None:
-        program.require_least(self, max_source_length=2, max_target_length=2)
+        program.check(self, max_source_length=2, max_target_length=2)
         if not 0 <= self.bare_share <= 1:
             raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
         if Path(self.data).is_file() and not self.is_jsonl:

@@ -9,6 +9,7 @@ Letters: B batch, L source length, D input width, O output width, K abstract tas
 Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 """
 
+import hashlib
 import math
 import textwrap
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from torch.testing import assert_close
 import data
 import eval as evaluation
 import train
+from experiments.compare.study import router_report
 from experiments.explorer import explorer
 from experiments.explorer.explorer import Loaded, rounded, rows_by_task
 
@@ -41,7 +43,8 @@ def collect(run: str | Path) -> dict[str, Any]:
     """Return all numbers of the page, as plain JSON values."""
     loaded = explorer.load(run)
     explored = explorer.collect(loaded)
-    explored["hash"] = loaded.run.adapter_digest()
+    adapter = loaded.run.path / "adapter.safetensors"
+    explored["hash"] = hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]
     explored["steps"] = loaded.run.settings.steps
     for kind in ("seen", "unseen"):
         add_results(explored, loaded, kind)
@@ -74,7 +77,7 @@ def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
     explored["distance"] = {}
     for kind, start_w in start.items():
         w = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
-        report = evaluation.router_report(w, start_w)
+        report = router_report(w, start_w)
         explored["distance"][kind] = round(report["distance"], 6)
         tasks = of_kind(explored, kind)
         for task, rows in zip(tasks, rows_by_task(loaded.sets[kind]), strict=True):
@@ -292,7 +295,7 @@ def walk_router(
             ["mean $w$ of its task", *decimals(own_task["w"], 2)],
             ["mean $w$ of the other task", *decimals(other_task["w"], 2)],
         ],
-        "entropy": f"{evaluation.mean_entropy(w):.2f}",
+        "entropy": f"{torch.special.entr(w).sum(dim=-1).mean():.2f}",
         "most_entropy": f"{math.log(K):.2f}",
         "allocation": [
             ["abstract task", *skills],

@@ -8,6 +8,7 @@ Test: pytest tests/unit/test_program.py tests/programs/test_programs.py
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import inspect
 import json
@@ -18,10 +19,8 @@ import signal
 import sys
 import textwrap
 import threading
-import time
 import traceback
 import typing
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,11 +108,6 @@ def locked_folder(folder: Path, remedy: str) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    try:
-        import fcntl
-    except ImportError:
-        raise UserError("this system has no locks (fcntl); on Windows use WSL") from None
-
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as file:
         try:
@@ -255,17 +249,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def flag_words(name: str, value: Any) -> list[str]:
-    """Return the words of a command line that give a field this value, as `read_flags` reads it."""
-    if isinstance(value, bool):
-        return [flag(name) if value else flag(f"no_{name}")]
-    if isinstance(value, tuple):
-        value = ",".join(value)
-    return [flag(name), str(value)]
-
-
 def read_flags(
-    doc: str | None,
+    doc: str,
     *classes: type,
     defaults: dict[str, Any] | None = None,
     hidden: Sequence[str] = (),
@@ -279,7 +264,7 @@ def read_flags(
     parser = Parser(
         prog=program_name(),
         usage="%(prog)s [options]",
-        description=re.sub(r" *Test: pytest .*", "", doc or "").rstrip(),
+        description=doc.partition("Test: ")[0],
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -305,7 +290,7 @@ def read_flags(
 
     values = vars(parser.parse_args())
     for name, value in values.items():
-        if value in ("", ()):  # often a variable of the shell that is not set
+        if value == "":  # often a variable of the shell that is not set
             parser.error(f"{flag(name)}: empty; give a value, or leave it out")
     return values
 
@@ -314,26 +299,19 @@ def _argparse_options(hint):
     """Return argparse's options for a type hint: bool, Literal, tuple[str, ...], int | None, ..."""
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    parts = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        # The empty choice means that the flag is not given.
-        choices = [choice for choice in typing.get_args(hint) if choice]
-        return {"choices": choices}
+        return {"choices": [choice for choice in parts if choice]}  # "": the flag is not given
     if typing.get_origin(hint) is tuple:
-        return {"type": _split_names, "metavar": "A,B,.."}
-    if typing.get_args(hint):  # X | None
-        hint = typing.get_args(hint)[0]
-    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
-
-
-def _split_names(text):
-    return tuple(name for name in text.split(",") if name)
+        return {"type": lambda text: tuple(text.split(",")), "metavar": "A,B,.."}
+    return {"type": parts[0] if parts else hint}  # that of X | None is X
 
 
 def refuse_unread(flags: Iterable[str], unread: dict[str, str]) -> None:
-    """Raise UserError for a given flag without effect. unread: {field: "with ..."}."""
-    given = sorted(unread.keys() & set(flags))
-    if given:
-        raise UserError(f"{flag(given[0])}: has no effect {unread[given[0]]}; leave it out")
+    """Raise UserError for a given flag without effect. unread: {name of a flag: "with ..."}."""
+    for name in flags:
+        if name in unread:
+            raise UserError(f"{flag(name)}: has no effect {unread[name]}; leave it out")
 
 
 def from_flags(cls: type, flags: dict[str, Any]) -> Any:
@@ -346,29 +324,37 @@ def from_flags(cls: type, flags: dict[str, Any]) -> Any:
 def from_json(cls: type, values: dict[str, Any]) -> Any:
     """Return an instance of the dataclass `cls` from the saved values of all its fields.
 
-    Raise ValueError for an unknown or missing field, or a value of another type. Call it inside
-    `reading`.
+    Raise ValueError for an unknown or missing field, and for a value that `check` refuses. Call it
+    inside `reading`.
     """
-    types = typing.get_type_hints(cls)
-    missing = {field.name for field in dataclasses.fields(cls)} - values.keys()
-    if missing:
-        raise ValueError(f"{cls.__name__}: {min(missing)} is missing")
-    fields = {}
-    for name, value in values.items():
-        if isinstance(value, list):
-            value = tuple(value)
-        if name not in types:
-            raise ValueError(f"{cls.__name__} has no field {name!r:.60}")
+    names = {field.name for field in dataclasses.fields(cls)}
+    different = sorted(names ^ values.keys())
+    if different:
+        raise ValueError(f"{cls.__name__}: the field {different[0]!r:.60} is unknown or missing")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    config = cls(**values | lists)
+    check(config)
+    return config
+
+
+def check(config: Any, **least: int) -> None:
+    """Raise UserError unless each field of a dataclass has its type, and each number is in range.
+
+    A number is at least 0, or what `least` gives for its field, and below 2^53. So it is finite.
+    """
+    types = typing.get_type_hints(type(config))
+    for name, value in vars(config).items():
         if not _has_type(value, types[name]):
-            raise ValueError(
+            raise UserError(
                 f"{name}: {value!r:.60} has the wrong type, or is not one of the choices"
             )
-        fields[name] = value
-    return cls(**fields)
+        smallest = least.get(name, 0)
+        if type(value) in (int, float) and not smallest <= value < 2**53:
+            raise UserError(f"{name}: {value} must be {smallest} or more, and below 2^53")
 
 
 def _has_type(value, hint):
-    """Return whether a JSON value has the type of a field. An int counts as a float."""
+    """Return whether a value has the type of a field. An int counts as a float, as in JSON."""
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -378,19 +364,6 @@ def _has_type(value, hint):
     if type(value) is int and float in allowed:
         return True
     return type(value) in allowed
-
-
-def require_least(config: Any, **least: int) -> None:
-    """Raise UserError if an int or float field of `config` is too small, too large or not finite.
-
-    The smallest allowed value is 0, unless `least` gives another one for that field.
-    """
-    for name, value in vars(config).items():
-        if type(value) not in (int, float):
-            continue
-        smallest = least.get(name, 0)
-        if not smallest <= value < 2**53:
-            raise UserError(f"{flag(name)} {value}: give {smallest} or more, below 2^53")
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -410,10 +383,6 @@ def rank() -> int:
     return torchrun_variable("RANK", 0)
 
 
-def local_rank() -> int:
-    return torchrun_variable("LOCAL_RANK", 0)
-
-
 def world_size() -> int:
     return torchrun_variable("WORLD_SIZE", 1)
 
@@ -424,30 +393,21 @@ def world_size() -> int:
 def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run `main` and exit with the code that it returns (None means 0).
 
-    A UserError, an OSError that names a file and too little memory print one line on stderr and
-    exit with code 2. Ctrl-C exits with code 130. All other exceptions are bugs and keep their
-    traceback.
+    A UserError, an OSError that names a file and too little memory print one line on stderr, under
+    torchrun one for each process, and exit with code 2. Ctrl-C and SIGTERM exit with code 130. All
+    other exceptions are bugs and keep their traceback.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may not know a letter
-    warnings.showwarning = lambda message, *_: warn(str(message))  # one line, without source code
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         code = main() or 0
     except KeyboardInterrupt:
+        print(f"{program_name()}: stopped", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
         message = user_message(error)
         if message is None:
             raise
-        # Usually all ranks fail alike, and rank 0 prints for all. The others wait, so torchrun ends
-        # them before they print. Before the processes have joined, one of each node prints.
-        if dist.is_initialized() and rank() > 0:
-            time.sleep(5)
-        if local_rank() == 0 or dist.is_initialized():
-            program = program_name()
-            which = f" on rank {rank()}" if rank() > 0 else ""
-            print(f"{program}: error{which}: {message}", file=sys.stderr, flush=True)
+        print(f"{program_name()}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
     if dist.is_torchelastic_launched():
@@ -476,15 +436,10 @@ def user_message(error: Exception) -> str | None:
 
 def print_line(text: str, file: Any = None) -> None:
     """Print a line at once, above a progress bar if there is one. Only rank 0 prints."""
-    if rank() != 0:
-        return
-    file = file or sys.stdout
-    try:
-        with tqdm.external_write_mode(file=file):
-            print(text, file=file, flush=True)
-    except OSError:
-        # The reader is gone, as with `| head -1`. The run goes on without its messages.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    if rank() == 0:
+        file = file or sys.stdout
+        tqdm.write(text, file)
+        file.flush()
 
 
 @functools.cache
@@ -506,14 +461,13 @@ class LineStream:
 
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr, in rank 0. Without a terminal it prints a line each minute."""
-    if sys.stderr.isatty():
-        options |= {"dynamic_ncols": True}
-    else:
-        form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left{postfix}"
+    if not sys.stderr.isatty():
+        form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left"
         options |= {"file": LineStream(), "bar_format": form, "position": 0}
-        options |= {"mininterval": BETWEEN_LINES, "maxinterval": BETWEEN_LINES}
-    in_worker = multiprocessing.parent_process() is not None  # another process shows the progress
-    is_silent = in_worker or rank() != 0
+        # With miniters=1 a line is printed only when an item is finished, and so it is true.
+        options |= {"mininterval": BETWEEN_LINES, "miniters": 1}
+    # In a worker, and in other ranks, another process shows the progress.
+    is_silent = multiprocessing.parent_process() is not None or rank() != 0
     return tqdm(iterable, description, leave=False, delay=1, disable=is_silent, **options)
 
 
@@ -521,17 +475,17 @@ def progress(iterable: Iterable | None, description: str, **options: Any) -> tqd
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM and Ctrl-C. Yield a function that tells whether one has arrived.
+def stop_signals(say: Callable[[str], None] = print_line) -> Iterator[Callable[[], bool]]:
+    """Catch SIGTERM and Ctrl-C, and answer at once. Yield a function that tells whether one came.
 
     A loop can thus finish its step and save before it stops. A second Ctrl-C ends it at once.
     """
     received = []
 
     def remember(number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
         received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("stopping after this step; Ctrl-C stops at once")
 
     previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from support import program
 from support.program import UserError
@@ -34,54 +33,38 @@ def pick_device(
 ) -> Device:
     """Return the device for `--gpu N` or `--device cpu`: the CPU if there is no CUDA.
 
-    A GPU becomes torch's current device, and attention by cuDNN is switched off.
-    Under torchrun each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is
-    bfloat16 on a GPU that multiplies it natively. On a CPU that multiplies it natively, it is
-    bfloat16 if the model in the folder `base` is large. Otherwise it is float32. Raise UserError if
-    there are GPUs, but not the one asked for.
+    A GPU becomes torch's current device, and attention by cuDNN is switched off. Under torchrun
+    each process takes the GPU of its LOCAL_RANK. With dtype "auto" the dtype is bfloat16 on a GPU
+    that multiplies it natively. On a CPU that multiplies it natively, it is bfloat16 if the model
+    in the folder `base` is large. Otherwise it is float32. Raise UserError if there are GPUs, but
+    not the one asked for.
     """
-    if gpu is not None and device:
-        raise UserError(f"--gpu {gpu} --device {device}: give one of the two")
-    if gpu is not None and program.world_size() > 1:
-        raise UserError("--gpu: torchrun gives each process its own; set CUDA_VISIBLE_DEVICES")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    use_gpu = device != "cpu" and gpus > 0
-
-    own_gpu = gpu or 0
-    last_gpu = own_gpu  # of all processes on this node
-    problem = f"--gpu {own_gpu}: there are {gpus} GPUs, numbered from 0"
-    if program.world_size() > 1:
-        own_gpu = program.local_rank()
-        last_gpu = program.torchrun_variable("LOCAL_WORLD_SIZE", 1) - 1
-        problem = f"{last_gpu + 1} processes on this node, but {gpus} GPUs; start as many as there "
-        problem += "are GPUs, or give --device cpu"
-    if own_gpu < 0 or (use_gpu and last_gpu >= gpus):
-        raise UserError(problem)
-
-    if use_gpu:
-        chosen = torch.device("cuda", own_gpu)
+    if device == "cpu" or not torch.cuda.is_available():
+        chosen = torch.device("cpu")
+        name = f"cpu, {torch.get_num_threads()} threads"
+        if device != "cpu":
+            name += " (no CUDA here)"
+        fast_bfloat16 = bool(base) and _cpu_gains_from_bfloat16(base)
+    else:
+        number = gpu or program.torchrun_variable("LOCAL_RANK", 0)
+        gpus = torch.cuda.device_count()
+        if not 0 <= number < gpus:
+            raise UserError(
+                f"GPU {number}: there are {gpus}, numbered from 0; give another --gpu, start fewer "
+                "processes, or give --device cpu"
+            )
+        chosen = torch.device("cuda", number)
         torch.cuda.set_device(chosen)  # torch chooses the form of attention for the current device
         # On an H100 torch prefers attention by cuDNN, which makes a plan for each new shape.
         # Lengths of batches, and of answers while they grow, are always new.
         torch.backends.cuda.enable_cudnn_sdp(False)
         name = torch.cuda.get_device_name(chosen)
         fast_bfloat16 = torch.cuda.get_device_capability(chosen) >= (8, 0)
-        if not fast_bfloat16:
-            name += " (it emulates bfloat16)"
-    else:
-        chosen = torch.device("cpu")
-        name = f"cpu, {torch.get_num_threads()} threads"
-        if device != "cpu":
-            name += " (no CUDA here)"
-        fast_bfloat16 = bool(base) and _cpu_gains_from_bfloat16(base)
-    if program.world_size() > 1:
-        name += f", {program.world_size()} processes"
 
-    chosen_dtype = torch.float32
-    if dtype == "bfloat16" or (dtype == "auto" and fast_bfloat16):
-        chosen_dtype = torch.bfloat16
-    description = f"device: {name}, {dtype_name(chosen_dtype)}, torch {torch.__version__}"
-    return Device(chosen, chosen_dtype, description)
+    if dtype == "auto":
+        dtype = "bfloat16" if fast_bfloat16 else "float32"
+    description = f"device: {name}, {dtype}, torch {torch.__version__}"
+    return Device(chosen, getattr(torch, dtype), description)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -117,10 +100,7 @@ def distributed(device: torch.device, shard: bool = False) -> Iterator[None]:
             raise UserError("--shard: splits the base over processes; start it with torchrun")
         yield
         return
-    if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl")
-    else:
-        dist.init_process_group("gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield
     # Not in a `finally`: after an error this would wait for processes that are gone.
     barrier()
@@ -138,21 +118,12 @@ def barrier() -> None:
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], number: float) -> float:
-    """Replace each tensor by its sum over all processes, in place. Return the sum of the number.
-
-    The tensors must have one dtype and device. The number is sent in that dtype, from that device,
-    in the same message.
-    """
+    """Replace each tensor by its sum over all processes, in place. Return the sum of the number."""
     if not dist.is_initialized():
         return number
-    if tensors:
-        number_tensor = tensors[0].new_tensor([number])
-    else:
-        number_tensor = torch.tensor([number], dtype=torch.float64)
-    parts = [*tensors, number_tensor]
-    flat = parameters_to_vector(parts)
-    dist.all_reduce(flat)
-    vector_to_parameters(flat, parts)
+    number_tensor = torch.tensor(number, dtype=torch.float64)
+    for tensor in (*tensors, number_tensor):
+        dist.all_reduce(tensor)
     return number_tensor.item()
 
 
@@ -184,8 +155,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
 
     trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
     mesh = dist.init_device_mesh(device.torch_device.type, (program.world_size(),))
-    inner_first = [*blocks, root]  # the root takes what the blocks leave
-    for module in program.progress(inner_first, "sharding", unit="block"):
+    for module in (*blocks, root):  # the root takes what the blocks leave
         module.to(device.torch_device)
         for parameter in module.parameters():
             if not parameter.requires_grad:

@@ -43,7 +43,6 @@ from baselines import (
     METHODS,
     OWN_METHODS,
     Poly,
-    attach_method,
     load_method,
     method_class,
 )
@@ -51,7 +50,6 @@ from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
     Study,
-    StudyConfig,
     StudyProgress,
     Variant,
     duration,
@@ -177,7 +175,8 @@ def print_plan(
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
-    program.print_line(train.length_of_training(settings, sets["train"]))
+    epochs = settings.steps * settings.batch_size / len(sets["train"])
+    program.print_line(f"{settings.steps} steps of {settings.batch_size} are {epochs:.2g} epochs")
 
     seeds, trials = study.config.seeds, study.config.trials
     parts = [f"{trials} trials of {name} with seed 0" for name in tuned]
@@ -207,7 +206,7 @@ def print_plan(
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))  # the first row, in which nothing replaces the router
     of_row = study.settings_of(name, rows[name], {})
-    step = seconds_of_a_step(of_row, study.device, sets["train"], held_out)
+    step = seconds_of_a_step(of_row, study.device, sets["train"])
     gc.collect()  # frees the base: it and its adapters refer to each other
     of_a_run = seconds_of_a_run(step, settings, held_out)
     in_all = study.progress.rounds(jobs) * of_a_run
@@ -219,18 +218,10 @@ def print_plan(
 
 
 def seconds_of_a_step(
-    settings: train.Settings,
-    device: runtime.Device,
-    train_set: data.Examples,
-    held_out: dict[str, list[data.Example]],
+    settings: train.Settings, device: runtime.Device, train_set: data.Examples
 ) -> float:
-    """Return the seconds that a training step takes, from the first steps.
-
-    Raise UserError if an example does not fit the base, before any run meets it.
-    """
-    base, adapters = train.build(settings, device, len(train_set.tasks), attach_method)
-    model = run_folder.Model(base, adapters, tokenizers.load(settings.model))
-    train.require_all_fit(model, train_set, held_out, settings.max_new_tokens)
+    """Return the seconds that a training step takes, from the first steps."""
+    base, adapters, _ = run_folder.build(settings, device, len(train_set.tasks))
     optimizer = train.make_optimizer(adapters, settings)
     for group in optimizer.param_groups:
         group["max_lr"] = 0.0  # so that these steps cannot diverge, whatever the rates are
@@ -315,16 +306,14 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
     publish("\n\n".join(parts), path)
     for name in dict.fromkeys(filter(None, winners)):  # each once
         cells = study.cells("methods", {name: rows[name]}, {}, seeds_of(study))
-        print_next_commands(cells, study.config)
+        print_next_commands(cells)
 
 
-def print_next_commands(cells: Sequence[Cell], config: StudyConfig) -> None:
-    """Print the commands that use and repeat the run with the lowest dev loss, on its device."""
+def print_next_commands(cells: Sequence[Cell]) -> None:
+    """Print the commands that use the run with the lowest dev loss."""
     best = min(cells, key=lambda cell: cell.result()["dev_loss"])
     settings = best.settings
     run = ["--run", str(best.folder)]
-    launch = train.device_flags(config)
-
     ask = ["python", "eval.py", *run]
     if settings.method in OWN_METHODS:
         ask += ["--method", OWN_METHODS[settings.method].source]
@@ -332,13 +321,11 @@ def print_next_commands(cells: Sequence[Cell], config: StudyConfig) -> None:
         ask += ["--ask", "YOUR INSTRUCTION", "--input", "YOUR INPUT"]
     else:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
-    commands = [ask + launch]
+    commands = [ask]
     if settings.method in ("orchmoe", "lora"):
         commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
 
-    commands.append(["python", "train.py", *train.flags_of(settings), *launch])
-
-    program.print_line(f"the best run of {best.name} on dev, to use it and to make it again:")
+    program.print_line(f"the best run of {best.name} on dev, to use it:")
     for command in commands:
         program.print_line(f"  {shlex.join(command)}")
 
@@ -364,7 +351,6 @@ def main() -> None:
     if settings.epochs:
         unread["steps"] = "with --epochs"
     program.refuse_unread(flags, unread)
-    train.recommend(flags, settings.model)
     if settings.epochs:
         sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
         settings = train.with_steps(settings, data.require_set(sets, "train", settings))

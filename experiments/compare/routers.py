@@ -7,8 +7,8 @@ it as `attach_function`:
     train.train(settings, device, launch, attach_function=attach_function)
     loaded = run_folder.load(device, run_dir=launch.out, attach_function=attach_function)
 
-A run says which kind of method and router it has. So eval.py and integrations/export.py, which know
-only the learnt router, refuse a run in which something was replaced.
+A run says which classes its method and its router have. So eval.py and integrations/export.py,
+which know only the learnt router, refuse a run in which something was replaced.
 
 Letters: B batch, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py

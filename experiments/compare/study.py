@@ -99,7 +99,7 @@ class StudyConfig:
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
 
     def __post_init__(self) -> None:
-        program.require_least(self, seeds=1, trials=1)
+        program.check(self, seeds=1, trials=1)
         require_choices("--axes", self.axes, AXES)
 
 
@@ -199,9 +199,13 @@ class Cell(NamedTuple):
         return {**values, "replaced_router": self.row.replaced_router, **self.facts}
 
     def require_same(self) -> None:
-        """Raise UserError if its file or its run was made with other settings."""
+        """Raise UserError if its file or its run was made with other settings.
+
+        Warn if it was made by another tree or torch.
+        """
         if self.path.exists():
             require_saved(self.path, {"row": self.name, **self.made_with()})
+            warn_of_other_code(self.result())
         if (self.folder / "config.json").exists() and self.row.trains:
             require_saved(self.folder / "cell.json", self.made_with())
 
@@ -215,6 +219,21 @@ def require_saved(path: Path, expected: dict[str, Any]) -> None:
                 f"{path}: made with {name} {saved.get(name)}, not {value}; give another --out "
                 "(and --results, if given)"
             )
+
+
+def warn_of_other_code(cell: dict[str, Any]) -> None:
+    """Warn, once for all such cells, if a finished cell was made by another tree or torch."""
+    made_by = f"tree {cell.get('tree')}, torch {cell.get('torch')}"
+    this_code = f"tree {tree()}, torch {torch.__version__}"
+    if made_by != this_code:
+        program.warn(
+            f"finished cells were made by another tree or torch ({made_by}; now {this_code}), so "
+            "numbers may differ for this reason, too"
+        )
+
+
+def say_nothing(text: str) -> None:
+    """Take the place of program.print_line: a study does not show the losses of its runs."""
 
 
 def run_cell(cell: Cell, device: runtime.Device) -> bool:
@@ -267,14 +286,12 @@ def train_and_score(cell: Cell, device: runtime.Device) -> dict[str, Any] | None
         if read_progress(cell.folder).get("next_step", 0) < cell.settings.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
             attach_function = attach_with(cell.row.replaced_router)
-            options = {"final_scores": False, "attach_function": attach_function}
-            if not train.train(cell.settings, device, launch, **options):
+            options = {"say": say_nothing, "attach_function": attach_function}
+            if train.train(cell.settings, device, launch, **options) is None:
                 return None
         require_promised(cell, run_folder.read_run(cell.folder).facts)
         if not cell.row.w:
-            progress = read_progress(cell.folder)
-            result["dev_loss"] = progress["best_loss"]
-            result["router"] = progress["best_router"]
+            result["dev_loss"] = read_progress(cell.folder)["best_loss"]
     if cell.scores != "dev":
         result |= score(cell, device)
     return result
@@ -305,6 +322,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
     return checkpoint.read_torch(path)["progress"] if path.exists() else {}
 
 
+@functools.cache
 def tree() -> str:
     """Return the commit, with "-dirty" if Python files differ from it; "" outside a clone."""
 
@@ -360,6 +378,8 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
         return result
     held_out = train.held_out_sets(sets, settings.eval_instances)
     dev = held_out.pop("dev")
+    if cell.row.is_run:
+        w = evaluation.router_weights(base, adapters, dev, settings.eval_batch_size)
     for which, examples in held_out.items():
         options["w"] = replaced_w(cell.row.w, settings, base, adapters, dev, examples)
         losses = finite_losses(base, adapters, examples, which, **options)
@@ -368,7 +388,49 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
             base, adapters, examples, tokenizer, max_new_tokens=length, **options
         )
         result[which] = {"prompts": by_prompt(examples, predictions, rules, losses)}
+
+    if cell.row.is_run and w is not None:
+        adapters.detach()  # those before training take their place
+        result["router"] = router_report(w, initial_w(cell, base, sets["train"], dev))
     return result
+
+
+def initial_w(
+    cell: Cell, base: Backbone, train_set: data.Examples, dev: Sequence[data.Example]
+) -> Tensor:
+    """Return w (M,K) of the M dev instances before training. Attach the adapters for it again."""
+    settings = cell.settings
+    attach_function = attach_with(cell.row.replaced_router)
+    num_tasks = len(train_set.tasks)
+    adapters = run_folder.attach_adapters(settings, base, num_tasks, attach_function)
+    if adapters.router is not None:
+        train.fit_router(base, adapters, train_set, settings)
+    return evaluation.router_weights(base, adapters, dev, settings.eval_batch_size)
+
+
+def router_report(w: Tensor, initial_w: Tensor) -> dict[str, float]:
+    """Return how w (M,K) of M examples is spread over the abstract tasks.
+
+    entropy: mean over the examples in nats, NaN if the rows of w are not distributions.
+    largest: the largest of the mean weights of the abstract tasks.
+    used: the number of abstract tasks whose mean weight is above 40 % of an equal share, 1/K.
+    distance: mean KL(w || initial_w) in nats, where initial_w (M,K) is the router's w before
+    training, NaN as the entropy.
+    """
+    K = w.shape[1]
+    mean_w = w.mean(dim=0)  # (K,)
+    report = {
+        "entropy": math.nan,
+        "largest": mean_w.max().item(),
+        "used": int((mean_w > 0.4 / K).sum()),
+        "distance": math.nan,
+    }
+    sums = w.sum(dim=-1)
+    if (w >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        log_ratio = w.clamp(min=1e-12).log() - initial_w.clamp(min=1e-12).log()
+        report["entropy"] = torch.special.entr(w).sum(dim=-1).mean().item()
+        report["distance"] = (w * log_ratio).sum(dim=-1).mean().item()
+    return report
 
 
 def finite_losses(

@@ -32,7 +32,7 @@ LEAST_GROUPS = 6
 MOST_SEEDS = 100
 MOST_TIMES = 100
 SMALLEST = 1e-20  # a variance below it is a rounding error
-ROUTER = {  # numbers of eval.router_report
+ROUTER = {  # numbers of study.router_report
     "entropy": "entropy of w",
     "largest": "largest mean w",
     "used": "abstract tasks used",

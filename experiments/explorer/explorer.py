@@ -33,6 +33,7 @@ import eval as evaluation
 import metrics
 import run_folder
 import tasks
+from baselines import load_method
 from data import Example
 from model import Backbone
 from orchmoe import Adapters, OrchMoE
@@ -436,7 +437,7 @@ def main() -> None:
     config = program.from_flags(ExplorerConfig, program.read_flags(__doc__, ExplorerConfig))
     program.print_line(f"loading {config.run}")
     if config.method:
-        run_folder.load_own_method(run_folder.read_run(config.run), config.method)
+        load_method(config.method)
     loaded = load(config.run, model=config.model, moved_data=config.data)
     with Server(loaded, config.port) as server:
         program.print_line(f"open http://127.0.0.1:{server.server_port} (Ctrl-C ends it)")

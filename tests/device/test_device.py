@@ -35,6 +35,7 @@ from helpers import (
 )
 from model import aligned
 from support import runtime
+from support.program import flag
 
 # --------------------------------------------------------------------------------------- the device
 
@@ -89,7 +90,7 @@ def test_tensors_of_two_devices_are_refused(second):
 
 SMALL = {"max_tasks": 2, "train_instances": 5, "eval_instances": 3, "max_source_length": 64}
 SMALL |= {"steps": 2, "eval_every": 1, "batch_size": 2, "warmup": 1}
-SMALL_FLAGS = train.flags_of(train.Settings(**SMALL))
+SMALL_FLAGS = [f"{flag(name)}={value}" for name, value in SMALL.items()]
 ANSWER = "--split seen --limit 2 --max-new-tokens 3"
 ON_CPU = "--device cpu"
 QUESTION = "--ask 'Write the first word.' --input 'lion, June, wolf'"
@@ -125,7 +126,7 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
         launch = train.LaunchConfig(out=str(out))
         picked = runtime.Device(device, dtype, "")
         with spied(train, "train_step") as train_step:
-            train.train(settings, picked, launch, final_scores=False)
+            train.train(settings, picked, launch)
         assert [call.args[0].device for call in train_step.call_args_list] == [device] * 2
         losses.append(trace(out))
     rtol = 0.02 if dtype == torch.bfloat16 else 1e-3
@@ -135,7 +136,7 @@ def test_training_is_that_of_the_cpu(case, second, home, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("first, then", [("", ON_CPU), (ON_CPU, "")])
 def test_a_run_resumes_on_the_other_device(first, then, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "score_held_out", lambda *_: {})
+    monkeypatch.setattr(train, "score_run", lambda *_: {"frozen base": {}})
     with interrupted(train, "train_step", 1):
         run(f"train.py --out run {first}", *SMALL_FLAGS, code=130)
     run(f"train.py --resume --out run {then}")

@@ -43,7 +43,7 @@ def home(request, tmp_path_factory):
     (folder / "base").symlink_to(base)
     sizes = {"max_tasks": 4, "max_source_length": 512, "eval_instances": 2, "steps": 1}
     launch = train.LaunchConfig(out=str(folder / "run"))
-    train.train(train.Settings(model=str(base), **sizes), CPU, launch, final_scores=False)
+    train.train(train.Settings(model=str(base), **sizes), CPU, launch)
     _, adapters, _ = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
     run_folder.read_run(folder / "run").save_best(adapters)
@@ -152,7 +152,7 @@ def test_snippets_of_the_page_give_the_answers_of_the_run(decoder_dir, tmp_path,
     rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
     write_rows(tmp_path / "rows.jsonl", rows)
     settings = train.Settings(data="rows.jsonl", model="smollm2", steps=1)
-    train.train(settings, CPU, train.LaunchConfig(out="run"), final_scores=False)
+    train.train(settings, CPU, train.LaunchConfig(out="run"))
     base, adapters, tokenizer = run_folder.load(CPU, run_dir="run")
     stir(adapters, seeded_generator())
     run_folder.read_run("run").save_best(adapters)

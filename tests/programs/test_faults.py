@@ -1,16 +1,13 @@
-"""Test full disks, hostile files, code in pickles, and unusual ways to start a program.
+"""Test full disks, hostile files, and code in pickles.
 
 Bad input is refused in one line, and the last good state stays.
 """
 
 import contextlib
-import io
-import os
 import pickle
 import re
 import resource
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +29,6 @@ from helpers import (
     text_of,
 )
 from run_folder import Run
-from support import program
 
 # ------------------------------------------------------------------------------------- full disk
 
@@ -103,20 +99,20 @@ def test_torch_load_with_weights_only_is_the_only_unpickling():
 # --------------------------------------------------------------------------- hostile run folders
 
 
-def test_resumed_run_needs_its_adapter(copied):
+def test_a_run_needs_its_adapter(copied):
     (copied / "adapter.safetensors").unlink()
-    missing = "run/adapter.safetensors: does not exist; restore it, resume the run if it was never "
-    refused(f"{missing}evaluated, or start a new run", f"{RESUME} run")
+    missing = "run/adapter.safetensors: does not exist; restore it, or resume the run if it was"
+    refused(missing, f"{RESUME} run")
 
 
 CONFIGS = [  # changed settings, file that the message names, words of the message
-    ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "belongs to"),  # a terabyte
+    ({"skills": 4096, "rank": 4096}, "adapter.safetensors", "skills is 4,"),  # a terabyte
     ({"alpha": 10**400}, "config.json", "alpha"),
     ({"skills": True}, "config.json", "skills: True"),
-    ({"lr_router": 10**400}, "config.json", "lr_router|lr-router"),
-    ({"stepz": 8}, "config.json", "no field 'stepz'"),
+    ({"lr_router": 10**400}, "config.json", "lr_router"),
+    ({"stepz": 8}, "config.json", "'stepz' is unknown"),
     ({"schedule": "cosine"}, "config.json", "schedule"),
-    ({"num_neg": -1}, "config.json", "num-neg"),
+    ({"num_neg": -1}, "config.json", "num_neg"),
 ]
 
 
@@ -128,14 +124,14 @@ def test_a_run_with_a_bad_setting_is_refused(copied, change, file, words):
 
 
 def test_a_run_that_another_process_has_just_made_is_not_overwritten(finished, home, monkeypatch):
-    lock = Run.lock
+    open_now = Run.open
 
-    def wait_and_lock(self):
+    def wait_and_open(self):
         shutil.copytree(finished / "run", self.path)
-        return lock(self)
+        return open_now(self)
 
-    monkeypatch.setattr(Run, "lock", wait_and_lock)
-    message = "train.py: error: run/config.json: belongs to another run, with oth"
+    monkeypatch.setattr(Run, "open", wait_and_open)
+    message = "train.py: error: run: seed is 1, but the run has 0"
     refused(message, f"train.py {SHORT} --seed 1 --out run")
     for name in ("config.json", "progress.pt"):
         assert (home / "run" / name).read_bytes() == (finished / "run" / name).read_bytes()
@@ -148,25 +144,4 @@ def test_a_run_can_be_resumed_without_the_run_that_it_started_from(copied):
         run(start, code=130)
     shutil.rmtree(copied)
     output = run(f"{RESUME} next")
-    assert "| start |" in output and "| orchmoe |" in output
-
-
-# ----------------------------------------------------------------------------- an unusual stdout
-
-
-def test_a_stdout_of_few_letters_does_no_harm(monkeypatch):
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    with pytest.raises(SystemExit) as end:
-        program.run_program(lambda: program.print_line("it\u2019s"))
-    assert end.value.code == 0
-    assert stdout.buffer.getvalue() == b"it\\u2019s\n"
-
-
-def test_a_line_that_nobody_reads_does_no_harm():
-    """`| head -1` leaves such a stream."""
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as closed:
-        program.print_line("a line that nobody reads", closed)
-        program.print_line("another one", closed)
+    assert "| start |" not in output and "| orchmoe |" in output

@@ -1,6 +1,7 @@
 """Rows of JSONL in every program: one way to build a sample, changed data, --start."""
 
 import json
+import re
 import shutil
 from unittest import mock
 
@@ -99,7 +100,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     # Training.
     launch = train.LaunchConfig(out="run")
     with spied(train, "train_step") as step:
-        train.train(train.Settings(**flags), CPU, launch, final_scores=False)
+        train.train(train.Settings(**flags), CPU, launch)
     batch = step.call_args.args[3]
     source = batch.input_ids[0][batch.attention_mask[0]].tolist()
     target = batch.labels[0][batch.labels[0] >= 0].tolist()
@@ -118,7 +119,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     saved = run_folder.read_run("run")
     data_config = saved.settings.part(DataConfig)
     eval_config = evaluation.EvalConfig(run="run", split="train")
-    examples, _ = evaluation.choose_rows(eval_config, data_config, saved, tokenizer)
+    examples = evaluation.rows_of_split(eval_config, data_config, tokenizer, saved, False)
     (scored,) = [example for example in examples if example.id == batch.ids[0]]
     assert scored.source_ids.tolist() == source
     assert [ids.tolist() for ids in scored.target_ids] == [target]
@@ -167,7 +168,7 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
     write_rows(tmp_path / "both.jsonl", asked + own_rows(300))
     flags = {"data": "both.jsonl", "model": str(base_of(kind)), "steps": 1}
     launch = train.LaunchConfig(out="run")
-    train.train(train.Settings(**flags), CPU, launch, final_scores=False)
+    train.train(train.Settings(**flags), CPU, launch)
     tokenizer = load_tokenizer(base_of(kind))
 
     def ids_of(text):
@@ -232,13 +233,14 @@ PROGRAMS = (
 )
 
 
-def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
-    """The run has trained on rows that are now in dev and seen. Their task has a new name, too."""
+def test_changed_rows_are_refused_except_for_questions_and_new_rows(changed):
+    """The run has trained on rows that are now in dev and seen."""
     write_rows(changed / "own.jsonl", own_rows(100, task="new"))
     *need_the_rows, ask, new_rows = PROGRAMS
     for line in need_the_rows:
-        error = refused("t5: held_out is [[", line)
-        assert "rows that are held out now may have been training rows; restore --data" in error
+        error = refused("t5: ", line)
+        assert re.search("(train_tasks|held_out) is .*, but the run has", error)
+        assert "; restore it (if it moved, give its flag), or start a new run" in error
     run(ask)
     run(new_rows)
 
@@ -246,36 +248,17 @@ def test_another_split_is_refused_except_for_questions_and_new_rows(changed):
 def test_only_unseen_rows_need_the_file_of_test(changed):
     (changed / "test.jsonl").unlink()
     _, seen, _, export, *_ = PROGRAMS
-    assert "t5/eval-seen-2/scores.json" in run(f"{seen} --limit 2")
+    assert "; written to t5/eval-seen\n" in run(f"{seen} --limit 2")
     assert "abstract-8, mean" in run(export)
 
 
-def test_without_new_rows_the_seen_ones_are_scored(tmp_path):
-    write_rows(tmp_path / "own.jsonl", own_rows(300))
-    run(f"train.py --data own.jsonl --out t5 {BRIEF}")
-    output = run("eval.py --run t5 --limit 3 --device cpu")
-    assert "own.jsonl: there is no --test, so the set seen is scored\n" in output
-    assert "3 seen instances: " in output  # the rows name no task
-    assert (tmp_path / "t5/eval-seen-3/scores.json").exists()
-
-
-def test_changed_files_are_named_with_what_helps(changed):
+def test_other_rows_of_test_need_their_flag(changed):
     evaluate = "eval.py --run t5 --device cpu"
     other = [{"prompt": "Other", "completion": "x"}]
     write_rows(changed / "other.jsonl", other)
-    with mock.patch.object(program, "warn") as warn:
-        run(f"{evaluate} --test other.jsonl --out out")
-    warn.assert_called_once_with("other.jsonl: these are not the task files of the run")
-
+    assert "1 test instances: " in run(f"{evaluate} --test other.jsonl --out out")
     write_rows(changed / "test.jsonl", other)
-    error = refused("t5: test_tasks is '", evaluate)
-    assert "restore it (if it moved, give --model, --data, --test or --method)" in error
-
-
-def test_changed_tasks_are_reported_by_their_digest(changed):
-    """Long lists of tasks may begin alike, and a message shows only the beginning."""
-    write_rows(changed / "own.jsonl", own_rows(300, task="new"))
-    refused("t5: train_tasks is '", f"{RESUME} t5")
+    refused("t5: test_tasks is '", evaluate)
 
 
 # ------------------------------------------------------------------------------------------ --start

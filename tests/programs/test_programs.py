@@ -3,13 +3,9 @@
 `MISTAKES` holds mistakes on the command line and in files, and the message of each.
 """
 
-import contextlib
-import dataclasses
 import json
 import math
 import re
-import shutil
-import signal
 from unittest import mock
 
 import pytest
@@ -58,21 +54,24 @@ def test_a_method_trains_and_is_scored(home, method):
     sizes = f"{SHORT} --batch-size 8 --eval-instances 4 --lr-skills 0.01"
     output = run(f"train.py {sizes} --data sni/ --method {method} --out run")
     assert f"| {method} |" in output
-    assert ("\nrouter: " in output) == (method == "orchmoe")
-    assert ("\nlora of rank 8: trains 51,200 parameters on " in output) == (method == "lora")
-    assert (" in routing) on " in output) == (method != "lora")
     assert "\nscoring frozen base on 4 seen rows\n" in output
     assert f"\nscoring {method} on 4 unseen rows\n" in output
-    assert re.search(r"\nstep 8 of 8: dev loss \d\S*, best so far; \S+ s a step\n", output)
+    dev_loss = r"dev loss \d\S*, best so far; training loss \d\S*, \S+ s a step"
+    assert re.search(rf"\nstep 8 of 8: {dev_loss}\n", output)
+    assert "\nnext: python eval.py --run run " in output
 
     rows = records(home / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(8))
     first, second = [row["dev_loss"] for row in rows if "dev_loss" in row]
     assert second < first
 
+    entropies = [row["router_entropy"] for row in rows if "router_entropy" in row]
+    assert len(entropies) == (2 if method == "orchmoe" else 0)
+    assert all(0 <= entropy <= math.log(8) for entropy in entropies)
+
     run("eval.py --run run --limit 4 --device cpu")
     scores = read_json(home / "run/scores.json")
-    again = read_json(home / "run/eval-test-4/scores.json")
+    again = read_json(home / "run/eval-test/scores.json")
     assert scores[method]["unseen"]["overall"] == again["overall"]
 
 
@@ -83,31 +82,24 @@ def test_own_rows_train_and_their_scores_name_the_rules(home):
     own += " --batch-size 8 --warmup 2 --gpu 0"
     output = run(f"train.py {own}")
     assert output.startswith("device: cpu, ") != torch.cuda.is_available()
-    assert "rows: 158 train, 8 dev, 8 seen, 8 unseen; runs/orchmoe-1 has all scores" in output
-    assert "\nROUGE-L and exact match in per cent, by the rules for rows of JSONL" in output
+    assert "\nruns/orchmoe-1: orchmoe trains 53,128 parameters in 4 steps, 0.2 epochs of" in output
+    assert "ROUGE and exact match in per cent, by the rules for rows of JSONL" in output
     scores = read_json(home / "runs/orchmoe-1/scores.json")
     assert scores["orchmoe"]["seen"]["metric_rules"] == "unicode"
 
 
 def test_table_has_each_score_under_its_heading(capsys):
     seen = {"overall": {"exact_match": 1.0, "rougeL": 2.0, "loss": 5.0}}
-    unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": None}}  # it was NaN
-    all_scores = {"lora": {"seen": seen}, "orchmoe": {"seen": seen, "unseen": unseen}}
-    sizes = {"train": 9, "seen": 40, "unseen": 100}
-    train.print_table(all_scores, run_folder.Path("run"), sizes, "official")
-    output = capsys.readouterr().out
-    names = "loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | unseen exact"
-    assert f"| model | seen {names} match |\n| --- | --- |" in output
-    assert "| orchmoe | 5.000 | 2.00 | 1.00 | - | 4.00 | 3.00 |\n" in output
-    assert "| lora | 5.000 | 2.00 | 1.00 | - | - | - |\n" in output
-    assert "rows: 9 train, 40 seen, 100 unseen; run has all scores\n" in output
-    assert "seen has few rows (40): one answer is 2.5 points of exact match\n" in output
-    assert "unseen has few rows" not in output
-
-
-def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(capsys):
-    train.print_router({"used": 2, "entropy": math.nan}, K=8)
-    assert capsys.readouterr().out.endswith(" of an equal share on dev\n")
+    unseen = {"overall": {"exact_match": 3.0, "rougeL": 4.0, "loss": math.nan}}
+    train.print_table({"frozen base": {"seen": seen, "unseen": unseen}}, "official")
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "| model | seen loss | seen ROUGE-L | seen exact match | unseen loss | unseen ROUGE-L | "
+        "unseen exact match |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| frozen base | 5.000 | 2.000 | 1.000 | nan | 4.000 | 3.000 |",
+    ]
+    train.print_table({"frozen base": {"seen": seen}}, "official")  # there are no test tasks
+    assert "| frozen base | 5.000 | 2.000 | 1.000 |\n" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- interruptions and resuming
@@ -128,7 +120,7 @@ def whole(tmp_path_factory):
     "module, name, number, error, step",
     [
         (train, "train_step", 6, None, 6),
-        (train, "mean_loss", 2, None, 8),  # the last evaluation
+        (train, "evaluate", 2, None, 8),  # the last evaluation
         (train, "train_step", 3, KeyboardInterrupt, 0),  # as a kill: nothing was saved
     ],
     ids=["SIGTERM in a step", "SIGTERM in the last evaluation", "kill before a save"],
@@ -138,16 +130,15 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
     with interrupted(module, name, number, error):
         output = run(f"train.py {NOISY} --out run", code=130)
     resumed = home / "run"
-    resume = "--resume --out run --device cpu"
     if step == 0:
         assert len(records(resumed)) == 2  # these steps are run again
         assert not (resumed / "progress.pt").exists()
     else:
         assert checkpoint.read_torch(resumed / "progress.pt")["progress"]["next_step"] == step
-        assert f"\nstopped; resume with {resume}, on the same" in output
-    assert read_json(resumed / "scores.json").keys() == {"frozen base"}
+        assert "\nstopping after this step" in output and "\nstopped; go on with --resume" in output
+    assert not (resumed / "scores.json").exists()
 
-    run(f"train.py {resume}")
+    run(RESUME_RUN)
     for name in ("adapter.safetensors", "scores.json", "config.json"):
         assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
     for part in ("progress", "adapters", "optimizer"):
@@ -156,43 +147,18 @@ def test_interrupted_run_resumes_bit_for_bit(home, whole, module, name, number, 
         assert row | {"seconds": 0} == expected | {"seconds": 0}
 
 
-def test_who_reads_a_run_that_is_not_finished_is_told(home, monkeypatch):
-    monkeypatch.setattr(evaluation, "predict", lambda *inputs, **_: ["a"] * len(inputs[2]))
-    with interrupted(train, "train_step", 6):
-        run(f"train.py {SHORT} --out run", code=130)
-    on = f"train.py --start run {BRIEF} --out"
-    told = mock.call(
-        "run: this run has saved 6 of its 8 steps, so its weights are only the best so far; "
-        "train.py --resume goes on"
-    )
-    with mock.patch.object(program, "warn") as warn:
-        run(EVALUATE)
-        run(f"{on} on")
-        assert warn.mock_calls.count(told) == 2
+def test_a_signal_while_scores_are_computed_ends_the_program_at_once(home, whole):
+    with interrupted(evaluation, "predict", 2):
+        output = run(f"train.py {NOISY} --out run", code=130)
+    assert "\nscoring frozen base on 2 unseen rows\n" in output
+    assert "\nscoring orchmoe" not in output
     run(RESUME_RUN)
-    with mock.patch.object(program, "warn") as warn:
-        run(f"{EVALUATE} --overwrite")
-        run(f"{on} again")
-        assert "has saved" not in str(warn.mock_calls)
-
-
-def test_stop_signals_are_noted_and_their_handlers_are_restored():
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(kind)
-        with program.stop_signals() as stop_requested:
-            assert not stop_requested()
-            signal.raise_signal(kind)
-            assert stop_requested()
-            signal.raise_signal(signal.SIGTERM)
-            second = kind == signal.SIGINT  # a second Ctrl-C ends the program
-            with pytest.raises(KeyboardInterrupt) if second else contextlib.nullcontext():
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(kind) == handler
+    assert (home / "run/scores.json").read_bytes() == (whole / "scores.json").read_bytes()
 
 
 def test_weights_that_give_no_loss_are_not_saved(home, monkeypatch):
-    monkeypatch.setattr(train, "mean_loss", lambda losses: math.nan)
-    message = "error: step 1: the dev loss is nan; what was saved"
+    monkeypatch.setattr(evaluation, "mean_loss", lambda losses: math.nan)
+    message = "error: step 1: the dev loss is nan; start a new run"
     refused(message, f"train.py {SHORT} --eval-every 1 --out run")
     names = {path.name for path in (home / "run").iterdir()}
     assert not names & {"progress.pt", "adapter.safetensors"}
@@ -203,7 +169,7 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
     assert ", float32, torch" in run(RESUME_RUN)
     assert ", float32, torch" in run(EVALUATE)
-    chosen = f"{EVALUATE} --dtype bfloat16 --overwrite"
+    chosen = f"{EVALUATE} --dtype bfloat16 --out out"
     assert ", bfloat16, torch" in run(chosen)
 
 
@@ -224,49 +190,34 @@ def test_moved_base_and_data_are_given_with_flags(copied):
     refused("gone: does not exist", EVALUATE)
     run(EVALUATE, *moved)
     run(RESUME_RUN, *moved)
-    run(f"{EVALUATE} --overwrite")  # the resumed run has noted the new places
+    run(f"{EVALUATE} --out out")  # the resumed run has noted the new places
 
 
-def choose_rows(saved, capsys, split="seen", limit=0, **changes):
-    """Return the rows that eval.py chooses from changed data, and what it says."""
-    program.warn.cache_clear()
-    config = evaluation.EvalConfig(run="run", split=split, limit=limit)
-    data_config = dataclasses.replace(saved.settings.part(DataConfig), **changes)
+def test_rows_of_the_training_tasks_are_those_of_the_run(copied):
+    """In other files, rows that trained may be held out. Test rows may be any that flags name."""
+    other = copied.parent / "other"
+    first, second, *_ = run_folder.read_run(copied).facts["tasks"]
+    write_lists(other, [first], [second])
+    for name in (first, second):
+        write_task(other, name, task_json(12))
+    for split in ("train", "dev", "seen"):
+        refused("run: train_tasks is '", f"{EVALUATE} --data other --split {split}")
+    with mock.patch.object(program, "warn") as warn:
+        output = run(f"{EVALUATE} --data other --split test")
+    assert "2 test instances: " in output
+    assert "other: 12 of 12 test rows belong to training tasks" in str(warn.mock_calls)
+
+
+def test_changed_test_rows_are_refused_unless_a_flag_names_them(copied):
+    change_config(copied, "facts", test_tasks="digest of others")
+    saved = run_folder.read_run(copied)
     tokenizer = load_tokenizer(ROOT / "tiny")
-    examples, _ = evaluation.choose_rows(config, data_config, saved, tokenizer)
-    return examples, capsys.readouterr().err
-
-
-def test_other_data_gives_a_warning_and_keeps_the_task_ids(copied, capsys):
-    saved = run_folder.read_run(copied)
-    assert choose_rows(saved, capsys)[1] == ""
-    examples, said = choose_rows(saved, capsys, max_tasks=5, train_instances=1)
-    assert "these are not the task files of the run" in said
-    # The run has four tasks. The other one has no id.
-    assert {example.task_index for example in examples} == {0, 1, 2, 3, -1}
-
-
-def test_unseen_rows_of_other_data_that_belong_to_training_tasks_are_counted(copied, capsys):
-    saved = run_folder.read_run(copied)
-    folder = copied.parent / "other"
-    name = saved.facts["tasks"][0]
-    write_lists(folder, [], [name])
-    write_task(folder, name, task_json(3))
-    examples, said = choose_rows(saved, capsys, "test", data=str(folder))
-    assert [example.task_index for example in examples] == [0, 0, 0]
-    assert "other: 3 of 3 test rows belong to training tasks" in said
-
-
-def test_the_first_test_rows_of_a_run_are_no_cause_for_a_warning(tmp_path, capsys):
-    facts = {"tasks": ["a"], "train_tasks": "digest", "test_tasks": ""}
-    saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
-    test = write_rows(tmp_path / "new.jsonl", own_rows(3))
-    examples, said = choose_rows(saved, capsys, "test", test=str(test))
-    assert len(examples) == 3 and not said
-    # A folder that had no test tasks has some now: its path is that of the run.
-    saved.settings = dataclasses.replace(saved.settings, test=str(test))
-    examples, said = choose_rows(saved, capsys, "test")
-    assert len(examples) == 3 and not said
+    data_config = saved.settings.part(DataConfig)
+    config = evaluation.EvalConfig(run="run", limit=2)
+    with refusal("test_tasks is .*, but the run has 'digest of others'"):
+        evaluation.rows_of_split(config, data_config, tokenizer, saved, names_files=False)
+    rows = evaluation.rows_of_split(config, data_config, tokenizer, saved, names_files=True)
+    assert len(rows) == 2
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -309,67 +260,38 @@ def test_unseen_rows_are_scored_without_reading_the_training_tasks(tmp_path, mon
     write_task(tmp_path, "task2_b", task_json(2))
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     evaluate = ["eval.py --data . --device cpu --model", ROOT / "tiny"]
-    assert "2 test instances of 1 tasks" in run(*evaluate)
+    assert "2 test instances: " in run(*evaluate)
     refused("task1_a.json: JSONDecodeError", *evaluate, "--split", "dev")
 
 
-def test_evaluation_replaces_its_results_only_with_overwrite(copied, monkeypatch):
+def test_evaluation_replaces_no_results(copied, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["a", "b"])
     cwd = links(copied.parent)
-    tiny = "eval.py --model tiny --split dev --limit 2 --device cpu --out"
-    run(f"{tiny} kept")
-    paths = [cwd / "kept/predictions.jsonl", cwd / "kept/scores.json"]
+    tiny = "eval.py --model tiny --split dev --limit 2 --device cpu"
+    assert "; written to eval-dev\n" in run(tiny)
+    paths = [cwd / "eval-dev/predictions.jsonl", cwd / "eval-dev/scores.json"]
     before = [path.read_bytes() for path in paths]
-    exists = "exists, and nothing is overwritten; add --overwrite, or choose another --out"
-    with mock.patch.object(runtime, "pick_device", None):  # it is refused before anything is loaded
-        refused(f"kept/predictions.jsonl: {exists}", f"{tiny} kept")
-        paths[0].rename(cwd / "moved")
-        refused(f"kept/scores.json: {exists}", f"{tiny} kept")
-        (cwd / "moved").rename(paths[0])
+    exists = "exists, and nothing is overwritten; choose another --out"
+    refused(f"eval-dev/predictions.jsonl: {exists}", tiny)
+    paths[0].rename(cwd / "moved")
+    refused(f"eval-dev/scores.json: {exists}", tiny)
+    (cwd / "moved").rename(paths[0])
     assert [path.read_bytes() for path in paths] == before
-
-    monkeypatch.setattr(evaluation, "predict", lambda *_, **__: ["c", "d"])
-    run(f"{tiny} kept --overwrite")
-    assert '"prediction": "c"' in paths[0].read_text()
-    (copied / "scores.json").unlink()  # as before the end of the run
-    for flag in ("", "--overwrite"):
-        message = "run: has a config.json, as a run or a model has; choose another --out"
-        refused(message, f"{tiny} run {flag}")
+    refused("run/scores.json: exists", f"{tiny} --out run")
 
 
 def test_two_evaluations_at_once_do_not_replace_each_others_results(copied, monkeypatch):
-    load = run_folder.load
-
     def predict(*inputs, **_):
         """Return answers when a second evaluation has been refused."""
         predict_alone = mock.Mock(return_value=["the first"] * len(inputs[2]))
         monkeypatch.setattr(evaluation, "predict", predict_alone)
-        words = "run/eval-seen-2: another process is writing here; wait, or choose another --out"
+        words = "run/eval-seen: another process is writing here; wait, or choose another --out"
         refused(words, f"{EVALUATE} --num-pos 0")
         return predict_alone()
-
-    def load_slowly(*inputs, **options):
-        """Return the model when another evaluation has just been finished."""
-        with mock.patch.object(run_folder, "load", load):
-            run(f"{EVALUATE} --overwrite")
-        return load(*inputs, **options)
 
     monkeypatch.setattr(evaluation, "predict", predict)
     run(EVALUATE)
     evaluation.predict.assert_called_once_with()
-    monkeypatch.setattr(run_folder, "load", load_slowly)
-    shutil.rmtree(copied / "eval-seen-2")
-    refused("predictions.jsonl: exists, and nothing is overwritten", f"{EVALUATE} --num-pos 0")
-
-
-def test_no_scores_stand_beside_the_predictions_of_another_evaluation(copied):
-    run(EVALUATE)
-    folder = copied / "eval-seen-2"
-    with interrupted(program, "write_json", 1, KeyboardInterrupt):
-        run(f"{EVALUATE} --overwrite", code=130)
-    assert (folder / "predictions.jsonl").exists() and not (folder / "scores.json").exists()
-    run(f"{EVALUATE} --overwrite")
-    assert "overall" in read_json(folder / "scores.json")
 
 
 def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
@@ -382,10 +304,10 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     with torch.no_grad(), adapters.routed(base.embed(ids)) as routing:
         tokens = base.generate(ids, torch.ones_like(ids))[0]
     w = routing.w[0]
-    shares = [f"{k + 1} at {100 * w[k]:.1f} %" for k in w.argsort(descending=True).tolist()]
+    weights = [f"{k + 1} at {w[k]:.3f}" for k in w.argsort(descending=True).tolist()]
     expected = [
         f"answer: {tokenizer.decode(tokens)}",
-        f"router: abstract task {', '.join(shares)} (numbered from 1)",
+        f"router: abstract task {', '.join(weights)} (numbered from 1)",
     ]
     question = "--ask 'Write the first word of the list.' --input 'lion, June, wolf'"
     ask = f"eval.py --device cpu {question}"
@@ -397,20 +319,7 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     assert output.splitlines()[1:] == [f"answer: {tokenizer.decode(tokens[0])}"]
 
 
-def test_a_run_of_rows_is_scored_on_a_folder_and_asked_in_its_form(capsys):
-    """A folder has no `held_out` to compare with rows. `--ask --data DIR` asks in DIR's form."""
-    facts = {"tasks": ["a"], "train_tasks": "digest", "held_out": [[3, 0], [17, 0]]}
-    saved = run_folder.Run("run", run_folder.Settings(data=str(ROOT / "sni/own.jsonl")), facts)
-    examples, said = choose_rows(saved, capsys, limit=2, data=str(ROOT / "sni"), max_tasks=1)
-    assert len(examples) == 2 and "these are not the task files of the run" in said
-
-    config = evaluation.EvalConfig(run="run", ask="Go.", input="word")
-    evaluation.refuse_idle_flags({"data": "sni"}, config, DataConfig(data="sni"))
-
-
-def test_ask_prints_a_w_that_is_no_distribution_as_numbers_and_an_empty_answer(
-    tiny_words, capsys, monkeypatch
-):
+def test_an_empty_answer_is_said(tiny_words, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_inputs, **_options: [""])
     monkeypatch.setattr(evaluation, "router_weights", lambda *_: torch.tensor([[-0.25, 1.5]]))
     config = evaluation.EvalConfig(model="tiny", ask="Write a word.", input="lion")
@@ -448,7 +357,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
     run(f"train.py {sizes} --data", sni_dir)
     tasks = program.read_json(home / "run/config.json")["facts"]["tasks"]
     assert len(tasks) == len(read_splits(sni_dir)["train"])
-    assert "2 test instances of 2 tasks" in run(f"{EVALUATE} --split test")
+    assert "2 test instances: " in run(f"{EVALUATE} --split test")
 
 
 # ---------------------------------------------------------------------------- how a program ends
@@ -490,45 +399,38 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
-    "train.py --targets ,": "--targets: empty; give a value, or leave it out",
     "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
-    f"{ASK} --data nothing.jsonl": "nothing.jsonl: does not exist; give --data DIR or FILE.jsonl",
-    f"{TINY} --data sni/own.jsonl --split test": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
+    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
     "give --test OTHER.jsonl, or --split seen",
     # Values.
     "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
     "train.py --dtype float16": "argument --dtype: invalid choice: 'float16'",
-    "train.py --gpu -1": "--gpu -1: there are ",
+    "train.py --compile auto": "argument --compile: invalid choice: 'auto'",
     "train.py --max-tasks 1 --train-instances 5": "5 different training sources are too few",
-    "train.py --steps -1": "--steps -1: give 1 or more",
-    "train.py --max-source-length 1": "--max-source-length 1: give 2 or more",
-    "train.py --lr-skills nan": "--lr-skills nan: give 0 or more",
-    f"{TINY} --batch-size 0": "--batch-size 0: give 1 or more",
+    "train.py --steps -1": "steps: -1 must be 1 or more, and below 2^53",
+    "train.py --max-source-length 1": "max_source_length: 1 must be 2 or more",
+    "train.py --lr-skills nan": "lr_skills: nan must be 0 or more",
+    f"{TINY} --batch-size 0": "batch_size: 0 must be 1 or more",
     # Flags that do not fit together.
     "train.py --shard": "--shard: splits the base over processes; start it with torchrun",
-    "train.py --shard --compile on": "--shard and --compile: give one of the two",
-    "train.py --gpu 0 --device cpu": "--gpu 0 --device cpu: give one of the two",
+    "train.py --shard --compile on": "--shard and --compile on: give one of the two",
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
-    f"{TINY} --prompt ' '": "--prompt: it is empty",
+    f"{TINY} --prompt ' '": "the prompt: the tokenizer has no tokens for the prompt ' '",
     f"{TINY} --ask a\udcff --input word": "--ask is not valid Unicode (lone surrogate)",
-    f"{TINY} --ask Go --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
-    f"{TINY} --prompt Go --input word": "--prompt: it is a whole prompt; leave out",
     # Flags that have no effect.
     "train.py --method lora --lr-router 1": "--lr-router: has no effect with --method lora; leave",
     "train.py --lr-token-router 3": "--lr-token-router: has no effect with --method",
-    "train.py --lr-skills 0": "--lr-skills 0: the skills start with B = 0, so that nothing can",
+    "train.py --epochs 1 --steps 3": "--steps: has no effect with --epochs; leave it out",
+    f"{ASK} --prompt Go": "--prompt: has no effect with --ask",
     f"{TINY} --input word": "--input: has no effect without --ask",
-    f"{TINY} --split seen --test x": "--test: has no effect with --split seen",
+    f"{TINY} --test x": "--test: has no effect with --data",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with --data",
     "train.py --data sni/own.jsonl --method poly": "Poly routes by task id: every",
-    f"{ASK} --split seen": "--split: has no effect with a question",
-    f"{ASK} --num-pos 1": "--num-pos: has no effect with a question",
-    f"{ASK} --overwrite": "--overwrite: has no effect with a question",
 }
 
 

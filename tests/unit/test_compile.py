@@ -112,31 +112,10 @@ def test_a_block_that_cannot_be_compiled_raises():
         losses_and_gradients(base, BATCHES[:1])
 
 
-# ------------------------------------------------------------------- the choice of train.py
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-CHOICES = [  # --compile, device, steps, --shard, and what the line says
-    ("auto", CPU, 10**6, False, "not compiled: --compile auto compiles only on CUDA"),
-    ("auto", CUDA, 37_499, False, "not compiled: 37499 steps x 4 blocks are fewer than 150,000"),
-    ("auto", CUDA, 37_500, False, "compiled: 37500 steps x 4 blocks are at least 150,000"),
-    ("auto", CUDA, 15_000, True, "not compiled: --compile auto does not compile with --shard"),
-    ("on", CPU, 1, False, "compiled: compile is on"),
-    ("off", CUDA, 10**6, False, "not compiled: compile is off"),
-]
-
-
-@pytest.mark.parametrize("asked, device, steps, shard, line", CHOICES)
-def test_auto_compiles_long_runs_on_cuda_alone_and_says_why(
-    asked, device, steps, shard, line, small_t5, capsys
-):
-    config = train.TrainConfig(compile=asked, steps=steps)
-    choice = train.choose_compile(config, small_t5, device, shard)
-    assert capsys.readouterr().out.startswith(f"blocks are {line}")
-    assert choice == ("off" if line.startswith("not ") else "on")
+# -------------------------------------------------------------------------- --compile of train.py
 
 
 def test_the_choice_is_saved_and_only_a_flag_changes_it(copied):
-    """A resumed run repeats it, also where `auto` would choose something else."""
     assert run_folder.read_run(copied).settings.compile == "off"
     launch = train.LaunchConfig(out=str(copied), resume=True)
     assert train.read_settings({}, launch).compile == "off"

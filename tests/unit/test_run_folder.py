@@ -1,13 +1,12 @@
-"""run_folder.py: the lock, what a run is bound to, the log, checkpoints, and new folders."""
+"""run_folder.py: the lock, the identity of a run, the log, checkpoints, and new folders."""
 
 import copy
-import json
 import math
 import multiprocessing
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,19 +16,26 @@ import train
 from baselines import attach_method
 from helpers import PT, check_equal, records, refusal, seeded_generator
 from orchmoe import OrchMoEConfig
-from run_folder import Progress, Run, Settings, new_folder, read_run, unread_settings
+from run_folder import (
+    NOT_BOUND,
+    Progress,
+    Run,
+    Settings,
+    new_folder,
+    read_run,
+    unread_settings,
+)
 from support import program
 from support.program import UserError
 
 FACTS = {
     "base": "0123",
     "tokenizer": "4567",
-    "method": "LoRA, NoneType",
+    "method_class": "LoRA, NoneType",
     "tasks": ["task1_a", "task2_b"],
     "train_tasks": "89ab",
     "test_tasks": "",
     "held_out": "",
-    "start": None,
 }
 SETTINGS = Settings(model="tiny", method="lora", data="sni", rank=3, targets=("q",))
 
@@ -44,7 +50,7 @@ def run(tmp_path):
 
 def hold(run, held):
     """Lock a run and keep it."""
-    with run.lock():
+    with run.open():
         held.set()
         time.sleep(99)
 
@@ -55,11 +61,11 @@ def test_lock_refuses_a_second_process_until_the_first_is_killed(run):
     first = context.Process(target=hold, args=(run, held))
     first.start()
     assert held.wait(60)
-    with refusal(f"^{run.path}: another process"), run.lock():
+    with refusal(f"^{run.path}: another process"), run.open():
         pass
     first.kill()
     first.join()
-    with run.lock():
+    with run.open():
         pass
 
 
@@ -69,7 +75,7 @@ def test_lock_removes_only_half_written_files_of_a_killed_run(run, tmp_path):
     for path in (half_written, *others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    with run.lock():
+    with run.open():
         assert set(tmp_path.rglob("*.tmp")) == set(others)
 
 
@@ -78,14 +84,8 @@ def test_file_system_without_locks_gives_a_warning(run, monkeypatch, capsys):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with run.lock():
+    with run.open():
         assert "no lock (Function not implemented)" in capsys.readouterr().err
-
-
-def test_a_system_without_locks_is_refused(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    with refusal("on Windows use WSL", UserError), run.lock():
-        pass
 
 
 # --------------------------------------------------------------------------------------- new_folder
@@ -103,69 +103,68 @@ def test_new_folder_below_a_dangling_link_is_an_error(tmp_path):
         new_folder(f"{tmp_path}/lost/lora")
 
 
-# --------------------------------------------------------------------------------- what binds a run
+# ------------------------------------------------------------------------------ identity of a run
 
 
-def test_bind_writes_settings_with_absolute_paths_and_the_facts(tmp_path):
+def bind(run):
+    """Write config.json, or compare with it."""
+    with run.open():
+        pass
+
+
+def test_config_has_settings_with_absolute_paths_and_the_facts(tmp_path):
     # The same base and data may have been somewhere else.
-    Run("run", replace(SETTINGS, model="elsewhere"), FACTS).bind()
-    Run("run", SETTINGS, FACTS).bind()
+    bind(Run(Path("run"), replace(SETTINGS, model="elsewhere"), FACTS))
+    bind(Run(Path("run"), SETTINGS, FACTS))
     saved = read_run("run")
     places = {"model": f"{tmp_path}/tiny", "data": f"{tmp_path}/sni"}
     assert saved.settings == replace(SETTINGS, **places)
     assert saved.facts == FACTS
 
 
-def test_bind_refuses_a_folder_with_a_file_that_the_run_writes(run, tmp_path):
-    run.adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
-    with refusal(f"^{run.adapter_path}: exists", UserError):
-        run.bind()
+def test_a_folder_with_a_file_that_the_run_writes_is_refused(run, tmp_path):
+    adapter_path = tmp_path / "adapter.safetensors"
+    adapter_path.symlink_to(tmp_path / "not there")  # as to a disk that is gone
+    with refusal(f"^{adapter_path}: exists", UserError):
+        bind(run)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_bind_refuses_another_fact_and_changes_nothing(run, tmp_path, name):
-    run.bind()
-    before = run.config_path.read_bytes()
-    other = Run(tmp_path, SETTINGS, FACTS | {name: "x"})
-    with refusal(f"^{tmp_path}: {name} is .*, but the run began with "):
-        other.bind()
-    assert run.config_path.read_bytes() == before
+def test_a_folder_with_another_fact_is_refused_and_stays(run, tmp_path, name):
+    bind(run)
+    before = (tmp_path / "config.json").read_bytes()
+    with refusal(f"^{tmp_path}: {name} is .*, but the run has "):
+        bind(Run(tmp_path, SETTINGS, FACTS | {name: "x"}))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
-# Other paths, another start (whose adapter is a fact) and compiled blocks leave the run the same.
-SAME_RUN = {"model", "data", "test", "start", "compile"}
-
-
-def test_the_id_of_a_run_depends_on_every_setting_but_paths(run):
+def test_every_setting_but_paths_is_a_part_of_the_identity(run):
     same = set()
     for field in fields(Settings):
         settings = replace(SETTINGS)
         vars(settings)[field.name] = "another value"  # of whatever type
-        if Run(run.path, settings, FACTS).run_id == run.run_id:
+        if Run(run.path, settings, FACTS).identity == run.identity:
             same.add(field.name)
-    assert same == SAME_RUN
-
-
-def test_the_id_of_a_run_depends_on_every_fact(run):
-    ids = {Run(run.path, SETTINGS, FACTS | {name: "x"}).run_id for name in FACTS}
-    assert len(ids - {run.run_id}) == len(FACTS)
+    assert same == NOT_BOUND == {"model", "data", "test", "start", "compile"}
 
 
 # ------------------------------------------------------------------------------------------ the log
 
 
 def test_resume_cuts_the_log_to_where_it_was_saved(run, trained):
+    log_path = run.path / "metrics.jsonl"
     run.log(step=0, loss=3.0, entropy=math.nan)
     run.save_progress(Progress(1), *trained(seed=1))
     run.log(step=1, loss=2.0)
-    with open(run.log_path, "ab") as file:
+    with open(log_path, "ab") as file:
         file.write(b'{"step": 2, "lo')
     run.resume(*trained(seed=2))
     assert records(run.path) == [{"step": 0, "loss": 3.0, "entropy": None}]  # JSON has no NaN
 
-    run.log_path.unlink()
+    log_path.unlink()
     run.resume(*trained(seed=2))  # the lines are lost, and the run goes on
-    assert not run.log_path.exists()
+    assert records(run.path) == []
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -191,7 +190,8 @@ def trained(small_t5):
 
 def test_resume_restores_weights_moments_and_progress(run, trained):
     adapters, optimizer = trained(seed=1)
-    saved = Progress(7, math.inf, torch.rand(3, 8))
+    saved = Progress(7, 2.5)
+    run.log(step=6, loss=3.0)
     run.save_progress(saved, adapters, optimizer)
     loaded, its_optimizer = trained(seed=2)
     found = run.resume(loaded, its_optimizer)
@@ -201,36 +201,33 @@ def test_resume_restores_weights_moments_and_progress(run, trained):
 
 
 DAMAGES = {  # changes of progress.pt that keep it a file of tensors
-    "no id": lambda state: {"progress": state["progress"]},
-    "the id of another run": lambda state: state | {"run_id": "0" * 16},
+    "no identity": lambda state: {"progress": state["progress"]},
+    "another identity": lambda state: state | {"run": state["run"] | {"rank": 4}},
     "unknown progress": lambda state: state | {"progress": {"step": 1}},
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_resume_refuses_a_damaged_or_foreign_file(run, trained, damage):
+    path = run.path / "progress.pt"
+    run.log(step=6, loss=3.0)
     run.save_progress(Progress(7), *trained(seed=1))
-    torch.save(damage(torch.load(run.progress_path)), run.progress_path)
-    with refusal(f"^{run.progress_path}: .*restore the file, or train"):
+    torch.save(damage(torch.load(path)), path)
+    with refusal(f"^{path}: .*restore the file, or train"):
         run.resume(*trained(seed=2))
 
 
-def test_the_best_adapter_says_what_it_is_and_belongs_to_its_run(run, trained):
+def test_the_best_adapter_belongs_to_its_run(run, trained):
+    path = run.path / "adapter.safetensors"
     adapters, _ = trained(seed=1)
     run.save_best(adapters)
-    _, metadata = checkpoint.read_safetensors(run.adapter_path)
-    about = json.loads(metadata["adapter"])
-    assert about["base"] == FACTS["base"] and about["method"] == FACTS["method"]
-    assert OrchMoEConfig(**about["config"] | {"targets": ("q",)}).rank == 3
-    loaded, _ = trained(seed=2)
-    run.load_best(loaded)
-    check_equal(loaded.state_dict(), adapters.state_dict())
+    check_equal(run.read_best(), dict(adapters.state_dict()))
 
     other = Run(run.path, replace(SETTINGS, alpha=7.0), FACTS)
-    with refusal(f"^{run.adapter_path}: belongs to another run, with oth", UserError):
+    with refusal(f"^{path}: .*alpha is None, but the run has 7.0", UserError):
         other.read_best()
-    checkpoint.write_safetensors(run.adapter_path, {}, PT)
-    with refusal(f"^{run.adapter_path}: KeyError: 'adapter'; restore the", UserError):
+    checkpoint.write_safetensors(path, {}, PT)
+    with refusal(f"^{path}: KeyError: 'run'; restore the", UserError):
         run.read_best()
 
 
@@ -239,12 +236,10 @@ def test_the_best_adapter_says_what_it_is_and_belongs_to_its_run(run, trained):
 
 def test_only_rank_0_writes(run, monkeypatch):
     monkeypatch.setattr(program, "rank", lambda: 1)
-    with run.lock():
-        run.bind()
+    with run.open():
         run.log(step=0, loss=1.0)
         run.save_progress(Progress(), None, None)
         run.save_best(None)
-        run.add_scores("lora", {})
     assert not list(run.path.iterdir())
 
 

@@ -6,17 +6,18 @@ programs/test_ranks.py tests several processes.
 import pytest
 import torch
 
+from helpers import refusal
 from support import runtime
 
 GPUS = [
-    ("H100", "", (9, 0), torch.bfloat16),
-    ("Tesla T4", " (it emulates bfloat16)", (7, 5), torch.float32),
+    ("H100", (9, 0), torch.bfloat16),
+    ("Tesla T4", (7, 5), torch.float32),  # it emulates bfloat16
 ]
 
 
-@pytest.mark.parametrize("name, note, capability, expected", GPUS)
+@pytest.mark.parametrize("name, capability, expected", GPUS)
 def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
-    name, note, capability, expected, monkeypatch
+    name, capability, expected, monkeypatch
 ):
     current = []  # devices that became torch's current one
     functions = {
@@ -32,10 +33,14 @@ def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
 
     device, dtype, description = runtime.pick_device(1)
     assert (device, dtype) == (torch.device("cuda", 1), expected)
-    assert description.startswith(f"device: {name}{note}, {runtime.dtype_name(expected)}, ")
+    assert description.startswith(f"device: {name}, {runtime.dtype_name(expected)}, ")
     assert current == [device]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for each shape
     assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(runtime.program, "torchrun_variable", lambda *_: 2)  # rank 2 of a node
+    for gpu in (2, -1, None):
+        with refusal(f"^GPU {2 if gpu is None else gpu}: there are 2, numbered from 0; give"):
+            runtime.pick_device(gpu)
 
 
 NATIVE = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -5,9 +5,7 @@ programs/test_start.py tests which weights are kept, and parts with a rate of ze
 """
 
 import math
-import shlex
 import tempfile
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,7 +16,8 @@ import eval as evaluation
 import train
 from baselines import attach_method
 from helpers import CPU, adapted, check_equal, make_example, refusal
-from orchmoe import Adapters, OrchMoEConfig
+from model import Backbone
+from orchmoe import OrchMoEConfig
 
 DEFAULTS = train.TrainConfig()
 
@@ -81,22 +80,6 @@ def test_epochs_become_steps():
     steps = train.with_steps(settings, rows)
     assert (steps.steps, steps.epochs) == (9, 0)  # an epoch ends with a batch of 4
     assert train.with_steps(steps, rows) == steps
-    assert train.length_of_training(steps, rows) == "9 steps of 8 are 3 epochs of 20 rows"
-    many = train.Settings(steps=600, batch_size=16)
-    assert "are 300 epochs of 20 rows" in train.length_of_training(many, rows)
-    one = train.Settings(steps=5, batch_size=4)
-    assert train.length_of_training(one, rows) == "5 steps of 4 are 1 epoch of 20 rows"
-
-
-def test_other_settings_are_recommended_for_another_base_unless_some_are_given(home, capsys):
-    train.recommend({"seed": 1}, train.Settings().model)
-    train.recommend({"seed": 1}, str(home / "tiny"))  # a link to it
-    for given in ("batch_size", "lr_skills"):
-        train.recommend({given: 8}, "flan-t5-base")
-    assert capsys.readouterr().out == ""
-    for given in ("seed", "start"):  # a run that starts from another one does not have its rates
-        train.recommend({given: 1}, "flan-t5-base")
-        assert "docs/use.md has a table of recommended settings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e9])
@@ -127,7 +110,7 @@ def test_step_that_is_not_finite_changes_no_weight(small_t5, batch, damage, word
     optimizer = train.make_optimizer(adapters, DEFAULTS)
     damage(adapters.skills["decoder-blocks-1-attention-v"].B)
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
-    message = f"^step 8 on a, b, c, d: {words}; what was saved is intact"
+    message = f"^step 8 on a, b, c, d: {words}; start a new run with lower"
     with refusal(message):
         train.train_step(small_t5, adapters, optimizer, batch, 7, DEFAULTS)
     check_equal(adapters.state_dict(), before)
@@ -177,45 +160,6 @@ def test_training_batch_depends_on_seed_and_step():
         assert other_targets != targets
 
 
-# ------------------------------------------------------------------------------ the next commands
-
-NEXT = [  # settings, and the words of the two commands
-    (
-        {"skills": 3, "steps": 9, "data": "my data"},
-        ["python", "-m", "experiments.explorer", "--run", "a run"],
-        "--methods orchmoe,lora --skills 3 --data".split() + ["my data", "--steps", "9"],
-    ),
-    (
-        {"method": "lora", "model": "base"},
-        ["python", "eval.py", "--run", "a run", *"--split train --gpu 3".split()],
-        ["--methods", "orchmoe,lora", "--model", "base"],
-    ),
-    (
-        {"method": "Mine"},
-        [
-            "python",
-            "eval.py",
-            "--run",
-            "a run",
-            *"--split train --gpu 3 --method my.py:Mine".split(),
-        ],
-        ["--methods", "my.py:Mine,lora"],
-    ),
-]
-
-
-@pytest.mark.parametrize("values, look, compared", NEXT)
-def test_next_commands_have_the_settings_of_the_run(values, look, compared, monkeypatch, capsys):
-    own = type("Mine", (Adapters,), {"source": "my.py:Mine"})
-    monkeypatch.setitem(train.OWN_METHODS, "Mine", own)
-    launch = train.LaunchConfig(gpu=3)
-    train.print_next_commands(Path("a run"), train.Settings(**values), launch)
-    title, first, second = capsys.readouterr().out.splitlines()
-    assert title == "next:"
-    assert shlex.split(first, comments=True) == look
-    assert shlex.split(second, comments=True)[3:] == [*compared, "--gpu", "3"]
-
-
 # ---------------------------------------------------------------------------------------- one run
 
 
@@ -230,15 +174,30 @@ def first_step(tmp_path):
             mock.patch.object(train, "train_step", side_effect=KeyboardInterrupt) as train_step,
             pytest.raises(KeyboardInterrupt),
         ):
-            train.train(settings, device, launch, final_scores=False)
+            train.train(settings, device, launch)
         return train_step.call_args.args[:2]
 
     return begin
 
 
-def test_without_final_scores_nothing_is_scored(first_step, tmp_path):
-    first_step(method="lora")
-    assert not list(tmp_path.rglob("scores.json"))
+def test_a_study_sees_all_that_a_run_says(tmp_path, capsys):
+    said = []
+    settings = train.Settings(max_tasks=3, train_instances=8, steps=1, eval_instances=2)
+    launch = train.LaunchConfig(out=str(tmp_path / "run"))
+    run = train.train(settings, CPU, launch, say=said.append)
+    assert run.path == tmp_path / "run" and not (run.path / "scores.json").exists()
+    assert [line.partition(": ")[0] for line in said] == [str(run.path), "step 1 of 1"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_row_that_is_too_long_for_the_base_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Backbone, "longest", 150)
+    monkeypatch.setattr(train, "train_step", None)
+    settings = train.Settings(max_tasks=3, max_source_length=64)
+    launch = train.LaunchConfig(out=str(tmp_path / "run"))
+    with refusal("^--max-source-length: an example and an answer need up to 178 positions"):
+        train.train(settings, CPU, launch)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_frozen_base_alone_is_in_bfloat16_and_blocks_are_checkpointed(first_step):
