@@ -354,7 +354,7 @@ def train(
         epochs = settings.steps * settings.batch_size / len(train_set)
         say(
             f"{run.path}: {settings.method} trains {size:,} parameters in {settings.steps} steps, "
-            f"{epochs:.2g} epochs of {len(train_set):,} rows"
+            f"{epochs:.1f} epochs of {len(train_set):,} rows"
         )
 
         batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
@@ -457,7 +457,7 @@ def main() -> int:
             )
             return 130
         print_table(score_run(run, device, launch.shard), settings.metric_rules)
-    program.print_line(f"next: python eval.py --run {run.path} scores all rows; --ask asks it")
+    program.print_line(f"next: python eval.py --run {run.path} --split seen  # or --ask QUESTION")
     return 0
 
 

@@ -176,7 +176,9 @@ def print_plan(
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
     epochs = settings.steps * settings.batch_size / len(sets["train"])
-    program.print_line(f"{settings.steps} steps of {settings.batch_size} are {epochs:.2g} epochs")
+    program.print_line(
+        f"{settings.steps} steps of {settings.batch_size} rows are {epochs:.1f} epochs"
+    )
 
     seeds, trials = study.config.seeds, study.config.trials
     parts = [f"{trials} trials of {name} with seed 0" for name in tuned]
