@@ -59,7 +59,9 @@ ROWS = {
     "frozen router": Variant({"lr_router": 0.0}, like="orchmoe"),
     "true task": Variant(like="orchmoe", replaced_router="task"),
     "orchmoe, factors": Variant({"method": "orchmoe-factors"}),
-    "true task, factors": Variant(like="orchmoe, factors", replaced_router="task, factors"),
+    "true task, factors": Variant(
+        {"method": "orchmoe-factors"}, like="orchmoe, factors", replaced_router="task, factors"
+    ),
     "mhr": Variant({"method": "mhr"}, replaced_router="no noise"),
     "lora": Variant({"method": "lora"}),
 }
