@@ -146,7 +146,7 @@ def test_a_server_computes_the_w_of_a_router_with_any_settings(options, tmp_path
     config = OrchMoEConfig(abstract_tasks=3, **options)
     router = TaskRouter(160, config, seeded_generator())
     facts = {"loras": list("abc"), "embedding": "shared.weight"}
-    facts |= {"max_new_tokens": 9, "prompt": None}
+    facts |= {"dtype": "float32", "max_new_tokens": 9, "prompt": None}
     export.save_router(router, facts, ROOT / "tiny", tmp_path)
     ids = torch.arange(5, 12)
     w = serve.Router(tmp_path, ROOT / "tiny")(ids)
