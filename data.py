@@ -260,7 +260,8 @@ def load_sets(
     else:
         rows = sni_rows(files, tokenizer, config)
     examples, lost = tokenise(rows, tokenizer, config)
-    warn_of_lost(lost, config, f"{config.data} and {config.test}" if config.test else config.data)
+    origin = f"{config.data} and {config.test}" if config.test else config.data
+    warn_of_lost(lost, config, origin)
     tasks = sorted({example.task for example in examples.get("train", [])})
     if NO_TASK in tasks:
         tasks = []
@@ -290,7 +291,7 @@ def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Exa
     elif name == "test":
         remedy = "add task files of test_tasks.txt, or give --split seen"
     else:
-        remedy = "add task files of train_tasks.txt, with 5 or more different instances each"
+        remedy = "add task files of train_tasks.txt, with 5 or more different inputs each"
     raise UserError(f"{config.data}: {found} rows in the set {name}, {least} needed; {remedy}")
 
 

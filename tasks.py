@@ -151,33 +151,36 @@ def read_task(path: str | os.PathLike) -> dict:
     path = Path(path)
     task = program.read_json(path)
     with program.reading(path, "repair it or take the task off the list"):
-        read = {
-            "name": path.stem,
-            "category": _first(task.get("Categories")) or "Unknown",
-            "definition": _first(task["Definition"]),
-            "positive": list(task.get("Positive Examples", [])),
-            "negative": list(task.get("Negative Examples", [])),
-            "instances": [],
-        }
-        texts = [read["category"], read["definition"]]
-        for example in read["positive"] + read["negative"]:
+        category = _first(task.get("Categories")) or "Unknown"
+        definition = _first(task["Definition"])
+        texts = [category, definition]
+        positive = list(task.get("Positive Examples", []))
+        negative = list(task.get("Negative Examples", []))
+        for example in positive + negative:
             texts += [example["input"], example["output"], example.get("explanation", "")]
+
+        instances = []
         for number, row in enumerate(task["Instances"]):
             instance_id = row.get("id")
             if instance_id is None:
                 instance_id = f"{path.stem}-{number}"
-            instance = {
-                "id": str(instance_id),
-                "input": row["input"],
-                "output": _references("output", row["output"]),
-            }
-            texts += [instance["id"], instance["input"]]
-            read["instances"].append(instance)
-        if not read["instances"]:
+            instance_id = str(instance_id)
+            references = _references("output", row["output"])
+            texts += [instance_id, row["input"]]
+            instances.append({"id": instance_id, "input": row["input"], "output": references})
+        if not instances:
             raise ValueError("Instances is empty")
         for text in texts:
             require_text("each text", text)
-        return read
+
+    return {
+        "name": path.stem,
+        "category": category,
+        "definition": definition,
+        "positive": positive,
+        "negative": negative,
+        "instances": instances,
+    }
 
 
 def _require_plain_name(name, origin):
@@ -430,14 +433,18 @@ def _parse_row(fields, number, position):
             raise ValueError(f"{name}: the row has this field by another name, too; give one")
         given[field] = value
 
-    texts = {name: given.get(name, "") for name in ("prompt", "instruction", "input", "task")}
-    texts["id"] = str(given.get("id", number))
-    for name, value in texts.items():
-        require_text(name, value)
-    prompt = texts["prompt"]
-    instruction = texts["instruction"]
-    text = texts["input"]
-    task = texts["task"] or NO_TASK  # a table may have an empty cell
+    prompt = given.get("prompt", "")
+    instruction = given.get("instruction", "")
+    text = given.get("input", "")
+    task = given.get("task", "")
+    row_id = str(given.get("id", number))
+    require_text("prompt", prompt)
+    require_text("instruction", instruction)
+    require_text("input", text)
+    require_text("task", task)
+    require_text("id", row_id)
+    if task == "":  # a table may have an empty cell
+        task = NO_TASK
 
     if prompt and (instruction or text):
         raise ValueError("prompt: it is the whole prompt; leave out instruction, input and context")
@@ -452,7 +459,7 @@ def _parse_row(fields, number, position):
         set="",
         task=task,
         category=task,
-        id=texts["id"],
+        id=row_id,
         position=position,
         prompt=prompt,
         references=_references("the answer", given["output"]),

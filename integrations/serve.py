@@ -4,7 +4,8 @@ For each prompt the router gives w, the weights of the LoRAs. Without --server t
 transformers and peft. All LoRAs have the same A, so their mixture is one LoRA of the same rank with
 B = sum_k w_k B_k. With --server it comes from a running llama-server of llama.cpp, which weights
 the LoRAs in each request. It must have been started with all LoRAs, in the order of router.json.
-The base is loaded as its folder has it, so answers differ from those of a base in 4 bits.
+The base is loaded in the dtype of router.json, in which the run computed: rounded in another way,
+some answers would differ. A base that was trained in 4 bits is not quantised here.
 
     python -m integrations.serve --served served --base smollm2 --prompt "Hot is not" "Up is not"
     python -m integrations.serve --served served --base smollm2 --server http://localhost:8080 \
@@ -31,6 +32,8 @@ from orchmoe import TaskRouter
 from support import program
 from tasks import DataConfig, instruction_prompt, row_of_prompt
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class Router:
     """Compute w of a prompt from the files of export.py and the base's embedding table.
@@ -49,6 +52,7 @@ class Router:
         with program.reading(path, "export it again, or give the folder of its base"):
             if facts["base"] != fingerprint(tensors.values()):
                 raise ValueError(f"{base} is not the base of these LoRAs")
+            self.dtype = DTYPES[facts["dtype"]]
             self.prompt_rule = facts["prompt"]  # see export.save_router
             self.max_new_tokens = facts["max_new_tokens"]
             if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
@@ -64,7 +68,7 @@ class Router:
     @torch.no_grad()
     def __call__(self, ids):
         """Return w (K,) for the token ids (L,) of a prompt."""
-        return self.router(self.table[ids][None])[0]
+        return self.router(self.table[ids][None].to(self.dtype))[0]
 
 
 class RunTokenizer:
@@ -117,10 +121,12 @@ class HubTokenizer:
 class PeftModel:
     """The base with one LoRA in peft, whose B is mixed anew for each prompt.
 
+    Base and LoRA compute in `dtype`, see Router.dtype. By itself peft keeps a LoRA in float32.
+
     Threads must take turns, since `answer` changes the model.
     """
 
-    def __init__(self, base, loras):
+    def __init__(self, base, loras, dtype):
         loaded = [load_peft(folder) for folder in loras]
         self.factors = {}  # name of a B -> the B of all LoRAs (K,O,r)
         with program.reading(loras[0].parent, "export it again"):
@@ -137,8 +143,10 @@ class PeftModel:
             model_class = transformers.AutoModelForCausalLM
             if config.is_encoder_decoder:
                 model_class = transformers.AutoModelForSeq2SeqLM
-            model = model_class.from_pretrained(base, dtype="auto", device_map="auto")
-            self.model = peft.PeftModel.from_pretrained(model, loras[0]).eval()
+            model = model_class.from_pretrained(base, dtype=dtype, device_map="auto")
+            self.model = peft.PeftModel.from_pretrained(
+                model, loras[0], autocast_adapter_dtype=False
+            ).eval()
         self.set_state = peft.set_peft_model_state_dict
 
     @torch.no_grad()
@@ -221,7 +229,7 @@ def main():
             )
         prompts = [instruction_prompt(instruction, args.input) for instruction in args.ask]
     max_tokens = args.max_tokens or router.max_new_tokens
-    model = None if args.server else PeftModel(args.base, router.loras)
+    model = None if args.server else PeftModel(args.base, router.loras, router.dtype)
     for question, prompt in zip(questions, prompts, strict=True):
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)

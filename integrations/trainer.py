@@ -251,7 +251,11 @@ class RoutedTraining:
         return mask
 
     def routed(self, inputs: dict[str, Tensor], beams: int = 1) -> AbstractContextManager:
-        """Return a context that routes this batch. Open it around `generate`, too."""
+        """Return a context that routes this batch. Open it around `generate`, too.
+
+        In training the router reads a conversation only up to its first answer. For a later turn,
+        give the inputs of the first prompt here, and the whole conversation to `generate`.
+        """
         embeddings = self.router_embeddings(inputs)
         return self.model.skill_adapters.routed(embeddings, self.router_mask(inputs), beams=beams)
 

@@ -443,6 +443,25 @@ def test_router_reads_only_the_prompts(make, rows, prompts, tmp_path, monkeypatc
     assert alone.std(0).max() > 0.05, "prompts must differ in w"
 
 
+def test_the_first_prompt_routes_a_later_turn_as_in_training(tmp_path):
+    """docs/use.md says so of conversations."""
+    trainer = make_trainer(tmp_path, adapted(make_llama()))
+    conversation = {"input_ids": torch.arange(5, 14)[None]}
+    labels = conversation["input_ids"].clone()
+    labels[:, :3] = labels[:, 5:7] = -100  # two prompts, each followed by an answer
+    first = {name: ids[:, :3] for name, ids in conversation.items()}
+    with torch.no_grad():
+        with trainer.routed({**conversation, "labels": labels}) as in_training:
+            pass
+        with trainer.routed(first) as routing:
+            generated = trainer.model.generate(**conversation, max_new_tokens=4, do_sample=False)
+        with trainer.routed(conversation) as of_all:
+            pass
+    torch.testing.assert_close(routing.w, in_training.w)
+    assert not torch.allclose(of_all.w, in_training.w, atol=1e-3)
+    assert generated.shape == (1, 13)
+
+
 def test_prompt_mask_ends_where_the_first_answer_starts():
     """A second turn without labels, padding on both sides, and a row without an answer."""
     labels = torch.tensor([[-1, 5, -1, 7], [-1, -1, 5, -1], [-1, -1, -1, -1]])
