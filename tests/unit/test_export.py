@@ -197,7 +197,11 @@ def test_a_w_for_a_run_of_lora_is_refused(copied):
 @pytest.mark.parametrize(
     "options, change, message",
     [
-        ({}, {"config": DEFAULTS | {"tasks": 8}}, "OrchMoEConfig has no field 'tasks'; name an ad"),
+        (
+            {},
+            {"config": DEFAULTS | {"tasks": 8}},
+            "OrchMoEConfig: the field 'tasks' is unknown or missing; name an ad",
+        ),
         ({}, {"base": None}, "it has no 'base'.*; integrations/trainer.py did not write it"),
         ({}, {"base": "0" * 16}, ".*as in an MoE.; base must be the base"),
         ({"targets": ("k",)}, {}, "k.skill_A is missing .*base must be the base"),
