@@ -310,16 +310,12 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
 
 
 def rows_of_split(
-    config: EvalConfig,
-    data_config: DataConfig,
-    tokenizer: Tokenizer,
-    run: Run | None,
-    names_files: bool,
+    config: EvalConfig, data_config: DataConfig, tokenizer: Tokenizer, run: Run | None
 ) -> list[Example]:
     """Return the examples of --split, with the task ids of the run.
 
-    The task files must be those of the run. Only for the test set may flags name others: in other
-    files, rows that trained may be held out. names_files: whether flags name files.
+    The task files must be those of the run, since in others rows that trained may be held out. Only
+    for the test set may flags name other files.
     """
     is_test = config.split == "test"
     sets = data.load_sets(data_config, tokenizer, only_test=is_test)
@@ -327,9 +323,11 @@ def rows_of_split(
     if run is None:
         return data.subsample(examples, config.limit)
 
+    of_run = run.settings
+    same_paths = all(getattr(data_config, name) == getattr(of_run, name) for name in FILE_FIELDS)
     if not is_test:
         run.require_same(train_tasks=examples.digest)
-    elif not names_files:
+    elif same_paths:
         run.require_same(test_tasks=examples.digest)
     examples = data.with_task_index(examples, run.facts["tasks"])
     if is_test:
@@ -380,7 +378,12 @@ def main() -> None:
     data_config = program.from_flags(DataConfig, values)
 
     unread = dict.fromkeys(data_config.idle, f"with --data {data_config.data}")
-    unread |= {"prompt": "with --ask"} if config.ask else {"input": "without --ask"}
+    if config.ask:
+        unread["prompt"] = "with --ask"
+    else:
+        unread["input"] = "without --ask"
+    if not config.run:
+        unread["method"] = "without --run"
     program.refuse_unread(flags, unread)
 
     # Where to compute. In another dtype the scores could differ from those of train.py.
@@ -393,8 +396,7 @@ def main() -> None:
         if config.ask or config.prompt:
             answer(model, config, data_config, run)
         else:
-            names_files = not FILE_FIELDS.isdisjoint(flags)
-            examples = rows_of_split(config, data_config, model.tokenizer, run, names_files)
+            examples = rows_of_split(config, data_config, model.tokenizer, run)
             score_split(model, config, data_config, examples)
 
 

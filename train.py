@@ -336,6 +336,7 @@ def train(
         base.compile_blocks()
     optimizer = make_optimizer(adapters, settings)
     run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
+    # A saved state has the weights, so that the run in --start may be gone.
     if not (launch.out and (run.path / "progress.pt").exists()):
         give_initial_values(run, model, train_set)
     if not launch.out:

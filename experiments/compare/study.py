@@ -391,14 +391,14 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
 
     if cell.row.is_run and w is not None:
         adapters.detach()  # those before training take their place
-        result["router"] = router_report(w, initial_w(cell, base, sets["train"], dev))
+        result["router"] = router_report(w, w_before_training(cell, base, sets["train"], dev))
     return result
 
 
-def initial_w(
+def w_before_training(
     cell: Cell, base: Backbone, train_set: data.Examples, dev: Sequence[data.Example]
 ) -> Tensor:
-    """Return w (M,K) of the M dev instances before training. Attach the adapters for it again."""
+    """Return w (M,K) of the M dev instances before training, after attaching the adapters again."""
     settings = cell.settings
     attach_function = attach_with(cell.row.replaced_router)
     num_tasks = len(train_set.tasks)

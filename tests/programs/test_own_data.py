@@ -119,7 +119,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     saved = run_folder.read_run("run")
     data_config = saved.settings.part(DataConfig)
     eval_config = evaluation.EvalConfig(run="run", split="train")
-    examples = evaluation.rows_of_split(eval_config, data_config, tokenizer, saved, False)
+    examples = evaluation.rows_of_split(eval_config, data_config, tokenizer, saved)
     (scored,) = [example for example in examples if example.id == batch.ids[0]]
     assert scored.source_ids.tolist() == source
     assert [ids.tolist() for ids in scored.target_ids] == [target]

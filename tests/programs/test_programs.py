@@ -3,6 +3,7 @@
 `MISTAKES` holds mistakes on the command line and in files, and the message of each.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -215,9 +216,9 @@ def test_changed_test_rows_are_refused_unless_a_flag_names_them(copied):
     data_config = saved.settings.part(DataConfig)
     config = evaluation.EvalConfig(run="run", limit=2)
     with refusal("test_tasks is .*, but the run has 'digest of others'"):
-        evaluation.rows_of_split(config, data_config, tokenizer, saved, names_files=False)
-    rows = evaluation.rows_of_split(config, data_config, tokenizer, saved, names_files=True)
-    assert len(rows) == 2
+        evaluation.rows_of_split(config, data_config, tokenizer, saved)
+    named = dataclasses.replace(data_config, data=f"{ROOT}/sni/")
+    assert len(evaluation.rows_of_split(config, named, tokenizer, saved)) == 2
 
 
 # -------------------------------------------------------------------------------------- evaluation
