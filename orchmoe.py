@@ -6,7 +6,7 @@ weights of the skills. Unofficial, after Wang et al. 2024 (arXiv 2401.10559). do
 gives a grade to each line below: stated, secondary, inferred or chosen.
 
     X     = rmsnorm(E)                                    (B,L,D)   TaskRouter.summarise
-    X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.attend
+    X_hat = softmax(X X^T / sqrt(D)) X + X                (B,L,D)   TaskRouter.summarise
     x_hat = mean of X_hat over the real tokens            (B,D)     TaskRouter.summarise
     x_hat = (x_hat - mu) / sd                             (B,D)     TaskRouter.forward
     w     = softmax(W_task x_hat + b)                     (B,K)     TaskRouter.forward
@@ -109,26 +109,25 @@ class TaskRouter(nn.Module):
         embeddings: (B,L,D), the embedded source. mask: (B,L), true at real tokens, booleans or
         integers. Raise ValueError for a mask of floats.
         """
+        D = len(self.mu)
         if mask is None:
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         if mask.is_floating_point():
             # One that is added to attention scores has 0 at real tokens.
             raise ValueError("mask: give booleans or integers, true at real tokens")
         mask = mask.bool()
-        X = F.rms_norm(embeddings.to(self.W_task.dtype), self.mu.shape, eps=1e-6)  # (B,L,D)
+        X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
         # Padding may hold any value, even infinity. Set it to zero, so that it enters no sum.
         X = X.masked_fill(~mask[..., None], 0.0)
-        X_hat = self.attend(X, mask)  # (B,L,D)
-        return masked_mean(X_hat, mask)  # (B,D)
 
-    def attend(self, X: Tensor, mask: Tensor) -> Tensor:
-        """Return X_hat (B,L,D), the self-attention over X (B,L,D) plus X. mask: (B,L), booleans."""
-        scores = X @ X.mT / math.sqrt(X.shape[2])  # (B,L,L)
+        scores = X @ X.mT / math.sqrt(D)  # (B,L,L)
         # Not -inf: in a row that is all padding the softmax would give NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask[:, None, :], lowest)
         P = scores.softmax(dim=-1)
-        return P @ X + X
+        X_hat = P @ X + X  # (B,L,D)
+
+        return masked_mean(X_hat, mask)  # (B,D)
 
     def forward(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return w (B,K), the weight of each abstract task. Rows sum to 1.
@@ -701,6 +700,7 @@ def attach(
     linears = target_linears(module, config.targets)
     width = width or embedding_width(module)
     adapters = method(module, linears, config, width=width, **options)
+    adapters.parameter_groups()  # ValueError if a parameter has no learning rate
 
     # All that can fail is done. Remember for `detach` what trained, then freeze the base.
     parameters = module.named_parameters(remove_duplicate=False)

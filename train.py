@@ -62,6 +62,7 @@ from support import program, runtime
 from support.program import UserError
 from tasks import FILE_FIELDS, DataConfig
 from tokenizer import load as load_tokenizer
+from variants import VARIANTS
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -132,7 +133,7 @@ def settings_to_resume(flags: dict[str, Any], run_dir: str) -> Settings:
 def values_of_start(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of the run in --start: its base, method, adapters and data settings."""
     start = read_run(flags["start"]).settings
-    if start.method not in ("orchmoe", "lora", "moe-lora"):
+    if start.method not in ("orchmoe", "lora", "moe-lora", *VARIANTS):
         raise UserError(
             f"--start {flags['start']}: --method {start.method} cannot continue on other tasks; "
             "start from a run of orchmoe, lora or moe-lora"

@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from orchmoe import Adapters, OrchMoE, Routing, Skills, TaskRouter, full_precision
+from orchmoe import (
+    Adapters,
+    OrchMoE,
+    Routing,
+    Skills,
+    TaskRouter,
+    full_precision,
+    masked_mean,
+)
 
 # ----------------------------------------------------------------------------------- the factors
 
@@ -109,8 +117,12 @@ class TokenRouted(OrchMoE):
 class RouterWithoutAttention(TaskRouter):
     """x_hat is the mean of X."""
 
-    def attend(self, X: Tensor, mask: Tensor) -> Tensor:
-        return X
+    def summarise(self, embeddings: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return x_hat (B,D), see TaskRouter.summarise."""
+        if mask is None:
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        X = F.rms_norm(embeddings.to(self.W_task.dtype), self.mu.shape, eps=1e-6)  # (B,L,D)
+        return masked_mean(X, mask.bool())
 
 
 class RouterWithoutSoftmax(TaskRouter):

@@ -1,89 +1,114 @@
-"""The method in eighty lines: the equations of OrchMoE as code, without any of the plumbing.
+"""The method in eighty lines of torch: the equations of OrchMoE as code, without any plumbing.
 
-`python -m examples.minimal` trains the bundled T5 on the CPU, and prints the losses that
-`python train.py --device cpu` has.
+The requests are of two kinds, and nobody says which: double a digit, or take it from nine. The base
+is frozen, and its tokens never meet before the last layer. So the token of the digit can learn what
+to do only from c, which the router computes from the whole request.
 
-Letters: B batch, L length, D width, N adapted Linears, S skills of rank R, K abstract tasks, M
-prompts.
+    python examples/minimal.py
+
+orchmoe.py has the same equations, and puts them into any model.
+Letters: B requests, L tokens, D width, N adapted Linears, S skills of rank R, K abstract tasks.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-import checkpoint
-import data
-import tokenizer
-from orchmoe import scale_for_entropy, spherical_kmeans
-from support import program, runtime
-from tasks import DataConfig
+N, S, R, K, D = 2, 4, 2, 2, 32
 
 
-def summarise(base, batch):
-    """Return x_hat (B,D), a vector for each source of the batch, whose embeddings are E."""
-    E = base.embed(batch.input_ids)  # (B,L,D)
-    mask = batch.attention_mask[..., None]  # (B,L,1)
-    X = mask * E / (E.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
-    scores = (X @ X.mT / math.sqrt(X.shape[2])).masked_fill(~mask.mT, -math.inf)  # (B,L,L)
-    X_hat = scores.softmax(dim=-1) @ X + X
-    return (mask * X_hat).sum(dim=1) / mask.sum(dim=1)
+def requests(count):
+    """Return the tokens (B,L) and the answers (B) of random requests."""
+    digit, kind = torch.randint(10, (count,)), torch.randint(2, (count,))
+    words = torch.tensor([[10, 11, 12], [13, 14, 15]])[kind]  # "two times", "nine minus" ...
+    answer = torch.where(kind == 0, 2 * digit % 10, 9 - digit)
+    return torch.cat([words, digit[:, None]], dim=1), answer
 
 
-def train(steps=600, warmup=50, K=8, S=4, R=2):
-    """Yield the loss of each step in nats per target token."""
-    base = checkpoint.load(program.ROOT / "tiny").requires_grad_(False)
-    examples = data.load_sets(DataConfig(), tokenizer.load(program.ROOT / "tiny"))["train"]
-    linears = [module for name, module in base.named_modules() if name.endswith((".q", ".v"))]
-    N = len(linears)
-    D = linears[0].in_features
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        # The base. Its random weights are frozen.
+        self.embedding = nn.Embedding(16, D)
+        self.linears = nn.ModuleList(nn.Linear(D, D) for _ in range(N))
+        self.head = nn.Linear(D, 10)
+        self.requires_grad_(False)
+        # What trains. With B = 0 the model starts as the base.
+        bound = 1 / math.sqrt(D)
+        self.A = nn.Parameter(torch.empty(N, S, R, D).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(N, S, R, D))
+        self.Z = nn.Parameter(3 * torch.randn(N, K, S))
+        self.W_task = nn.Parameter(torch.zeros(K, D))
+        self.b = nn.Parameter(torch.zeros(K))
 
-    # The skills A and B, and the allocation matrices Z. With B = 0 the model starts as the base.
-    random = runtime.generator(0, 0)
-    A = torch.empty(N, S, R, D).uniform_(-1 / math.sqrt(D), 1 / math.sqrt(D), generator=random)
-    B = torch.zeros(N, S, R, linears[0].out_features)
-    Z = torch.empty(N, K, S).normal_(0, 3, generator=random)
+    def summarise(self, tokens):
+        """Return x_hat (B,D), a vector for each request."""
+        X = F.rms_norm(self.embedding(tokens), (D,), eps=1e-6)  # (B,L,D)
+        X_hat = (X @ X.mT / math.sqrt(D)).softmax(dim=-1) @ X + X
+        return X_hat.mean(dim=1)
 
-    sources = data.batches(data.subsample(examples, 2000), 8, base.device, "router start")
-    x_hat = torch.cat([summarise(base, batch) for _, batch in sources])  # (M,D)
-    mu, sd = x_hat.mean(dim=0), x_hat.std(dim=0, correction=0)
-    x_hat = (x_hat - mu) / sd
-    centres = spherical_kmeans(x_hat, K, runtime.generator(0, 1))  # (K,D), the start of the router
-    W_task = centres * scale_for_entropy(x_hat @ centres.T, math.log(K) / 3)
-    b = torch.zeros(K)
+    @torch.no_grad()
+    def start_router(self, tokens):
+        """Set mu, sd and W_task from requests (M,L): a k-means finds the K kinds without labels."""
+        x_hat = self.summarise(tokens)
+        self.mu, self.sd = x_hat.mean(dim=0), x_hat.std(dim=0, correction=0)
+        points = F.normalize((x_hat - self.mu) / self.sd, dim=-1)  # (M,D)
+        centres = points[:1]
+        while len(centres) < K:  # add the point that is farthest from its nearest centre
+            farthest = (points @ centres.T).amax(dim=1).argmin()
+            centres = torch.cat([centres, points[farthest, None]])
+        for _ in range(10):  # move each centre to the mean of its points
+            nearest = (points @ centres.T).argmax(dim=1)
+            membership = F.one_hot(nearest, K).float()  # (M,K)
+            centres = F.normalize(membership.T @ points, dim=-1)  # (K,D)
+        self.W_task.copy_(centres)
 
-    # y = W0 x + scale * sum_s c_s B_s A_s x, with scale = 1. Each step below sets c (N,B,S) first.
-    def add_skills(linear, inputs, y):
-        x = inputs[0]
-        n = linears.index(linear)
+    def route(self, tokens):
+        """Return w (B,K) and c (N,B,S)."""
+        x_hat = (self.summarise(tokens) - self.mu) / self.sd
+        w = (x_hat @ self.W_task.T + self.b).softmax(dim=-1)
+        Zhat = self.Z.sigmoid() / self.Z.sigmoid().sum(dim=-1, keepdim=True)  # (N,K,S)
+        return w, w @ Zhat
+
+    def linear(self, n, x, c):
+        """Return W0 x + scale * sum_s c_s B_s A_s x of Linear n, with scale = 1. c: (B,S)."""
+        y = self.linears[n](x)
         for s in range(S):
-            y = y + c[n, :, s, None, None] * (x @ A[n, s].T @ B[n, s])
+            y = y + c[:, s, None, None] * (x @ self.A[n, s].T @ self.B[n, s])
         return y
 
-    for linear in linears:
-        linear.register_forward_hook(add_skills)
-    groups = [{"params": [A, B, Z], "max_lr": 1e-2}, {"params": [W_task, b], "max_lr": 1e-3}]
-    trained = [A, B, Z, W_task, b]
-    for tensor in trained:
-        tensor.requires_grad_()
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    batch_order = data.BatchOrder(examples.source_lengths, batch_size=16, seed=0)
+    def forward(self, tokens, c):
+        """Return logits (B,10) of the answers."""
+        x = self.embedding(tokens)  # (B,L,D)
+        for n in range(N):
+            x = x + F.gelu(self.linear(n, x, c[n]))
+        return self.head(x.mean(dim=1))
+
+
+def main(steps=600):
+    torch.manual_seed(0)
+    model = Model()
+    model.start_router(requests(200)[0])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     for step in range(steps):
-        batch = data.collate([examples[i] for i in batch_order.at(step)], seed=0, step=step)
-        x_hat = (summarise(base, batch) - mu) / sd  # (B,D)
-        w = (x_hat @ W_task.T + b).softmax(dim=-1)  # (B,K)
-        Zhat = Z.sigmoid() / Z.sigmoid().sum(dim=-1, keepdim=True)  # (N,K,S)
-        c = w @ Zhat  # (N,B,S)
-        loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / batch.target_tokens
-        yield loss.item()
+        tokens, answer = requests(64)
+        w, c = model.route(tokens)
+        loss = F.cross_entropy(model(tokens, c), answer)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, max_norm=1.0)
-        for group in optimizer.param_groups:
-            fall = (steps - step) / (steps - warmup)
-            group["lr"] = group["max_lr"] * min((step + 1) / warmup, fall)
         optimizer.step()
+        if step % 100 == 99:
+            print(f"step {step + 1}: loss {loss.item():.3f}")
+
+    tokens, answer = requests(1000)
+    w, c = model.route(tokens)
+    for name, weights in (("c of each request", c), ("mean c", c.mean(dim=1, keepdim=True))):
+        right = model(tokens, weights.expand_as(c)).argmax(dim=-1) == answer
+        print(f"{name}: {100 * right.float().mean():.0f} % of the answers are right")
 
 
 if __name__ == "__main__":
-    for step, loss in enumerate(train()):
-        print(f"step {step}: loss {loss:.4f}")
+    main()

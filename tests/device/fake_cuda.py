@@ -214,5 +214,5 @@ def record_inputs(
 def trained_tensors(adapters: Adapters, inputs: list[Tensor]) -> list[Tensor]:
     """Return the tensors for which a block computes gradients. The adapters are routed."""
     tensors = [*inputs, *adapters.parameter_groups()["skills"]]
-    tensors += [linear.skill_weights for linear in adapters.linears.values()]
+    tensors += [skills.c for skills in adapters.skills.values()]
     return [tensor for tensor in tensors if tensor.requires_grad]

@@ -93,12 +93,12 @@ ANSWER = "--split seen --limit 2 --max-new-tokens 3"
 ON_CPU = "--device cpu"
 QUESTION = "--ask 'Write the first word.' --input 'lion, June, wolf'"
 CASES = [
-    {"accumulate": 2, "gumbel": True},
+    {"accumulate": 2, "method": "orchmoe-gumbel"},
     {"method": "moe-lora", "checkpoint_blocks": True},
     {"method": "c-poly"},  # Poly is the code of its common skills
     {"method": "mhr"},
     {"method": load_method(f"{ROOT / 'examples/hydra_lora.py'}:HydraLoRA")},
-    {"router": "token"},
+    {"method": "orchmoe-token"},
     {"dtype": "bfloat16"},
     {"start": "run"},
 ]
@@ -311,14 +311,11 @@ class Waits(TorchDispatchMode):
         return indexes
 
 
-@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly", "gumbel"])
+@pytest.mark.parametrize("method", ["orchmoe", "lora", "poly", "orchmoe-gumbel"])
 @pytest.mark.parametrize("name", ["v1.1", "llama3"])
 def test_a_step_waits_once_for_each_micro_batch_and_once_more(name, method, second):
     base = small_model(name)
-    if method == "gumbel":
-        adapters = adapted(base, gumbel=True)
-    else:
-        adapters = adapted(base, method)
+    adapters = adapted(base, method)
     base.to(second)
     config = train.TrainConfig(accumulate=2)
     optimizer = train.make_optimizer(adapters, config)

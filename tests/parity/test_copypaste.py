@@ -97,7 +97,7 @@ def gradients(case, adapters, base):
     case.base.zero_grad()
     with adapters.routed(**case.router_input()):
         case.logits(base).float().square().mean().backward()
-    return {name: p.grad for name, p in case.base.named_parameters() if "skill_" in name}
+    return {name: p.grad for name, p in adapters.named_parameters()}
 
 
 def assert_close(found, expected):
@@ -109,9 +109,11 @@ def assert_close(found, expected):
 def test_all_leaves_the_output_head_as_it_is():
     """test_llama.py attaches to a base that is not wrapped."""
     base = llama().base
-    attach(nn.Sequential(base), OrchMoEConfig(targets=("all",)))
-    without = [name for name, m in base.named_modules() if type(m) is nn.Linear]
-    assert without == ["lm_head"]
+    adapters = attach(nn.Sequential(base), OrchMoEConfig(targets=("all",)))
+    linears = [module for module in base.modules() if isinstance(module, nn.Linear)]
+    assert [module for module in linears if module not in adapters.linears.values()] == [
+        base.lm_head
+    ]
 
 
 # ------------------------------------------------------------------------------- samples of a batch
@@ -146,20 +148,6 @@ def test_compiled_model_is_one_graph_with_the_same_gradients(fresh_dynamo):
         adapters.Z.data *= -1
 
 
-def test_blocks_with_a_cache_run_uncompiled_with_one_warning(fresh_dynamo):
-    """The snippet below compiles the blocks of a Llama, without a cache."""
-    case = llama()
-    adapters = attached(case)
-    case.base.train()
-    expected = gradients(case, adapters, case.base)
-    kernels.compile_blocks(case.base.model.layers, "eager")
-    with pytest.warns(UserWarning, match="Cache; call the model with use_cache=False$") as seen:
-        found = gradients(case, adapters, case.base)
-    assert len(seen) == 1
-    assert_close(found, expected)
-    assert counters["stats"]["unique_graphs"] == 0
-
-
 # ---------------------------------------------------------------------------- snippets of the pages
 
 PAGES = text_of("README.md") + text_of("docs/use.md")
@@ -175,7 +163,7 @@ def run_printed(about):
     """Run the one snippet that contains `about`, check that it trains, and return its names."""
     names = {}
     exec(printed(about), names)
-    assert all(linear.skill_B.grad.any() for linear in names["adapters"].linears.values())
+    assert all(skills.B.grad.any() for skills in names["adapters"].skills.values())
     return names
 
 
@@ -229,7 +217,7 @@ def test_snippets_of_a_llama_train_compile_and_generate(tmp_path, monkeypatch, f
     # The snippet that compiles continues this one. `eager` compiles no kernels, which takes long.
     eager = functools.partial(kernels.compile_blocks, backend="eager")
     monkeypatch.setattr(kernels, "compile_blocks", eager)
-    gradient = names["model"].model.layers[1].self_attn.q_proj.skill_B.grad
+    gradient = names["adapters"].skills["model-layers-1-self_attn-q_proj"].B.grad
     expected = gradient.clone()
     gradient.zero_()
     exec(printed("compile_blocks"), names)

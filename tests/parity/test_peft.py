@@ -18,7 +18,7 @@ from helpers import (
     run,
     seeded_generator,
 )
-from integrations.peft_folder import linears_by_hf_name, load_peft, save_peft, set_skills
+from integrations.peft_folder import load_peft, save_peft, set_skills, skills_by_hf_name
 from orchmoe import OrchMoEConfig
 from support import runtime
 from tasks import DataConfig
@@ -47,13 +47,15 @@ def test_output_equals_that_of_peft(method, heads):
     config = OrchMoEConfig(skills=S, rank=R, targets=("q",), alpha=1.0)
     adapters = attach_method(method, base, config, num_tasks=T).eval()
 
+    [skills] = adapters.skills.values()
+
     x, task_ids = torch.randn(4, 6, 32), torch.tensor([4, 0, 1, 4])
     # Our parameter, that of peft, and the function from the shape of peft to ours.
     A, B = twin.poly_lora_A["default"], twin.poly_lora_B["default"]  # (H,S,D/H,R), (H,S,R,O/H)
     Z = twin.poly_router["default"].module_logits  # (T,H S)
     parameters = [
-        (base.q.skill_A, A, lambda a: a.permute(1, 3, 0, 2).flatten(2)),
-        (base.q.skill_B, B, lambda b: b.permute(1, 2, 0, 3).flatten(2)),
+        (skills.A, A, lambda a: a.permute(1, 3, 0, 2).flatten(2)),
+        (skills.B, B, lambda b: b.permute(1, 2, 0, 3).flatten(2)),
         (adapters.Z, Z, lambda z: z.view(1, T, heads, S)),
     ]
     with torch.no_grad():
@@ -77,8 +79,9 @@ def test_A_starts_within_the_bounds_of_peft(method, heads):
     assert bound == pytest.approx((heads / 512) ** 0.5, rel=0.01)
 
     base = model()
-    attach_method(method, base, OrchMoEConfig(skills=S, rank=8, targets=("q",)), num_tasks=T)
-    A = base.q.skill_A.detach().unflatten(-1, (heads, -1))  # (S,R,H,D/H)
+    config = OrchMoEConfig(skills=S, rank=8, targets=("q",))
+    [skills] = attach_method(method, base, config, num_tasks=T).skills.values()
+    A = skills.A.detach().unflatten(-1, (heads, -1))  # (S,R,H,D/H)
     for head in range(heads):
         of_head = A[:, :, head]
         assert of_head.abs().max().item() == pytest.approx(bound, rel=0.02)
@@ -110,13 +113,13 @@ def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
     ours = attach_method(
         "lora", checkpoint.load(folder), OrchMoEConfig(), generator=runtime.generator(0, 0)
     )
-    starts = linears_by_hf_name(ours)
+    starts = skills_by_hf_name(ours)
     targets = sorted({name.rpartition(".")[2] for name in starts})
     settings = peft.LoraConfig(r=8, lora_alpha=2, target_modules=targets)
     model = peft.get_peft_model(hf_model(folder), settings).eval()
-    for name, linear in starts.items():
+    for name, skills in starts.items():
         twin = model.base_model.model.get_submodule(name)
-        twin.lora_A["default"].weight.data.copy_(linear.skill_A[0])
+        twin.lora_A["default"].weight.data.copy_(skills.A[0])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(parameters) == 2 * len(starts)
 

@@ -272,7 +272,7 @@ def test_checkpointing_and_accumulation_change_nothing(tmp_path):
 
 def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     """The first step after an evaluation is routed in training mode as well."""
-    model = adapted(make_llama(), gumbel=True)
+    model = adapted(make_llama(), "orchmoe-gumbel")
     trainer = make_sft(tmp_path, model, max_steps=2, eval_strategy="steps", eval_steps=1)
     adapters = model.skill_adapters
     modes = []
@@ -298,7 +298,7 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     """
 
     def fresh(name):
-        model = adapted(make_t5(), gumbel=True)
+        model = adapted(make_t5(), "orchmoe-gumbel")
         options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
         return make_trainer(tmp_path / name, model, gradient_accumulation_steps=2, **options)
 
@@ -422,14 +422,14 @@ def test_router_reads_only_the_prompts(make, rows, prompts, tmp_path, monkeypatc
     torch.testing.assert_close(adapters.router.mu, x_hat.mean(0))
 
     found = []
-    route = adapters.method.route
+    route = adapters.route
 
     def recorded(*args, **kwargs):
         routing = route(*args, **kwargs)
         found.append(routing.w.detach())
         return routing
 
-    monkeypatch.setattr(adapters.method, "route", recorded)
+    monkeypatch.setattr(adapters, "route", recorded)
     with torch.no_grad(), trainer.routed(source):
         pass
     trainer.evaluate()
@@ -496,11 +496,11 @@ def test_what_cannot_be_routed_is_refused(make, options, message, tmp_path):
 
 
 def test_training_without_a_router_of_samples_takes_any_text(tmp_path):
-    model = adapted(make_llama(), router="token")
+    model = adapted(make_llama(), "orchmoe-token")
     trainer = make_sft(tmp_path, model, [{"text": text} for text in PROMPTS], max_steps=1)
     trainer.fit_router()
     trainer.train()
-    assert all(linear.skill_B.any() for linear in model.skill_adapters.linears.values())
+    assert all(skills.B.any() for skills in model.skill_adapters.skills.values())
 
 
 # ---- generation ----
@@ -683,7 +683,7 @@ def test_program_for_7b_learns_from_one_step(base_folder, tmp_path):
     said = run(f"{PROGRAM_7B} --data data.jsonl --out out --model", base_folder)
     assert said.endswith("written: out/adapter.pt\n")
     state = torch.load(tmp_path / "out/adapter.pt")["state"]
-    assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
+    assert all(B.any() for name, B in state.items() if name.endswith(".B"))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -792,7 +792,7 @@ def test_snippets_of_the_page_run_as_printed(tmp_path, monkeypatch):
     names["trainer"].train()
     for folder in ("run", "sft"):
         state = torch.load(tmp_path / folder / "checkpoint-2" / ADAPTER_FILE)["state"]
-        assert all(B.any() for name, B in state.items() if name.endswith("skill_B"))
+        assert all(B.any() for name, B in state.items() if name.endswith(".B"))
 
 
 # ---- Two processes ----

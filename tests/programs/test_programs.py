@@ -113,7 +113,7 @@ def test_the_report_on_a_w_that_is_no_distribution_has_no_nan(capsys):
 # ---------------------------------------------------------------------- interruptions and resuming
 
 
-NOISY = f"{SHORT} --gumbel --eval-instances 2"
+NOISY = f"{SHORT} --method orchmoe-gumbel --eval-instances 2"
 
 
 @pytest.fixture(scope="module")
@@ -519,7 +519,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --ask Go --prompt Go": "--prompt: it is a whole prompt; leave out --ask and --input",
     f"{TINY} --prompt Go --input word": "--prompt: it is a whole prompt; leave out",
     # Flags that have no effect.
-    "train.py --method lora --gumbel": "--gumbel: has no effect with --method lora; leave it",
+    "train.py --method lora --lr-router 1": "--lr-router: has no effect with --method lora; leave",
     "train.py --lr-token-router 3": "--lr-token-router: has no effect with --method",
     "train.py --lr-skills 0": "--lr-skills 0: the skills start with B = 0, so that nothing can",
     f"{TINY} --input word": "--input: has no effect without --ask",

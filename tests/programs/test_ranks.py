@@ -46,7 +46,8 @@ SMALL = dataclasses.replace(SMALL_T5, vocab_size=1000)
 
 # (--shard, --accumulate, --method). A batch has 7 rows, so with 3 processes and 4 micro-batches
 # some processes have no row of the last one.
-CASES = [(False, 4, "orchmoe"), (True, 2, "orchmoe"), (True, 4, "orchmoe"), (True, 1, "poly")]
+NOISY = "orchmoe-gumbel"
+CASES = [(False, 4, NOISY), (True, 2, NOISY), (True, 4, NOISY), (True, 1, "poly")]
 
 
 # -------------------------------------------------------------------------- what torchrun starts
@@ -63,7 +64,7 @@ def trace(shard, accumulate, method):
     examples = data.load_sets(data_config, tokenizer)["train"]
 
     base = init_weights(t5.T5(SMALL), 0)
-    options = OrchMoEConfig(gumbel=True, router_init="normal", targets=("all",))
+    options = OrchMoEConfig(targets=("all",))
     generator = runtime.generator(0)
     adapters = attach_method(method, base, options, num_tasks=6, generator=generator)
     base.double()

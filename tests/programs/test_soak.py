@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT, SHORT, run, run_shell, trace
 
-OPTIONS = f"{SHORT} --steps 24 --gumbel"
+OPTIONS = f"{SHORT} --steps 24 --method orchmoe-gumbel"
 RESUME = "--resume --device cpu"
 
 # Runs train.py and kills itself after some milliseconds of processor time, or when it reaches a

@@ -161,7 +161,7 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home, monk
     last = checkpoint.read_torch(home / "runs/loras/progress.pt")["adapters"]
     assert last["Z"].abs().max() > 0.01  # it started at 0
     for state in (last, after):
-        assert torch.equal(state["encoder.blocks.0.attention.q.skill_A"][1], A)
+        assert torch.equal(state["skills.encoder-blocks-0-attention-q.A"][1], A)
     run("eval.py --run runs/loras --split dev --limit 2 --device cpu")
 
 

@@ -26,8 +26,8 @@ EQUATIONS = (
     "x_hat = (x_hat - self.mu) / self.sd",
     "logits = F.linear(x_hat, self.W_task",
     "return F.logsigmoid(Z).softmax(",
-    "c = torch.einsum(",
-    "mixed = (h * c) @ B",
+    "c = w.to(Zhat).reshape(-1, K) @ Zhat",
+    "return y + scale * torch.einsum(",
 )
 
 

@@ -48,8 +48,8 @@ def test_example_of_orchmoe_trains(small_t5):
     names["ids"], names["mask"], names["labels"] = random_batch(2, 60, range(1, 13), [5] * 12)
     embedded = small_t5.embed(names["ids"]).detach()
     exec(CODE["orchmoe"], names | {"embeddings": [embedded], "masks": [names["mask"]]})
-    for linear in small_t5.skill_adapters.linears.values():
-        assert linear.skill_B.any()
+    for skills in small_t5.skill_adapters.skills.values():
+        assert skills.B.any()
 
 
 def test_example_of_kernels_attaches_the_fast_mix_and_compiles(small_t5):
@@ -57,5 +57,5 @@ def test_example_of_kernels_attaches_the_fast_mix_and_compiles(small_t5):
     with mock.patch.object(kernels, "compile_blocks") as compile_blocks:
         exec(CODE["kernels"], names | {"config": orchmoe.OrchMoEConfig()})
     compile_blocks.assert_called_once_with(small_t5.blocks)
-    for linear in small_t5.skill_adapters.linears.values():
-        assert linear.skill_mix is kernels.mix_skills
+    for skills in small_t5.skill_adapters.skills.values():
+        assert skills.mix is kernels.mix_skills

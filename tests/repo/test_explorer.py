@@ -175,8 +175,8 @@ def server(finished):
     """Return a server of a T5 whose answers depend on w."""
     loaded = explorer.load(finished / "run")
     stir(loaded.adapters, seeded_generator())
-    for linear in loaded.adapters.linears.values():
-        linear.skill_B.data *= 10
+    for skills in loaded.adapters.skills.values():
+        skills.B.data *= 10
     with mock.patch.object(DataConfig, "max_new_tokens", 8), serving(loaded) as server:
         yield server
 

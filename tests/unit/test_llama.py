@@ -112,10 +112,10 @@ def test_qwen_does_not_round_its_scores(model_type):
 # ----------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("router", ["sample", "token"])
-def test_adapted_samples_do_not_depend_on_one_another(llama_pair, llama_batch, router):
+@pytest.mark.parametrize("method", ["orchmoe", "orchmoe-token"])
+def test_adapted_samples_do_not_depend_on_one_another(llama_pair, llama_batch, method):
     own = copy.deepcopy(llama_pair[1])
-    adapters = adapted(own, router=router, targets=("all",))
+    adapters = adapted(own, method, targets=("all",))
     assert len(adapters.linears) == 14  # q, k, v, o, gate, up and down of two blocks
 
     def loss_and_tokens(ids, mask, labels):

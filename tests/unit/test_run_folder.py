@@ -177,9 +177,8 @@ def trained(small_t5):
 
     def make(seed):
         generator = seeded_generator(seed)
-        config = OrchMoEConfig(router_init="normal")
         base = copy.deepcopy(small_t5)
-        adapters = attach_method("orchmoe", base, config, generator=generator)
+        adapters = attach_method("orchmoe", base, OrchMoEConfig(), generator=generator)
         optimizer = train.make_optimizer(adapters, train.TrainConfig())
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -254,7 +253,7 @@ def test_config_without_a_part_or_a_setting_of_today_is_refused(copied, part):
     path = copied / "config.json"
     values = program.read_json(path)
     if part is None:
-        del values["settings"]["gumbel"]
+        del values["settings"]["rank"]
     else:
         del values[part]
     program.write_json(path, values)
@@ -263,9 +262,9 @@ def test_config_without_a_part_or_a_setting_of_today_is_refused(copied, part):
 
 
 UNREAD = {
-    "orchmoe": ({}, {"lr_token_router"}, {"gumbel", "lr_router", "mixing"}),
-    "token": ({"router": "token"}, {"lr_router", "router_init", "mixing"}, {"lr_token_router"}),
-    "lora": ({"method": "lora"}, {"gumbel", "lr_allocation", "router"}, {"rank", "lr_skills"}),
+    "orchmoe": ({}, {"lr_token_router"}, {"lr_router", "allocation_std"}),
+    "token": ({"method": "orchmoe-token"}, {"lr_router"}, {"lr_token_router", "allocation_std"}),
+    "lora": ({"method": "lora"}, {"abstract_tasks", "lr_allocation"}, {"rank", "lr_skills"}),
     "jsonl": ({"data": "a.jsonl"}, {"num_pos", "splits"}, {"test"}),
 }
 

@@ -18,7 +18,7 @@ import eval as evaluation
 import train
 from baselines import attach_method
 from helpers import CPU, adapted, check_equal, make_example, refusal
-from orchmoe import Method, OrchMoEConfig
+from orchmoe import Adapters, OrchMoEConfig
 
 DEFAULTS = train.TrainConfig()
 
@@ -48,10 +48,10 @@ def take_step(small_t5, batch):
 RATES = {"skills": 1, "router": 2, "token_router": 3, "allocation": 4}
 
 
-@pytest.mark.parametrize("router", ["sample", "token"])
-def test_each_kind_of_parameter_has_its_own_rate(small_t5, router):
+@pytest.mark.parametrize("method", ["orchmoe", "orchmoe-token"])
+def test_each_kind_of_parameter_has_its_own_rate(small_t5, method):
     config = train.TrainConfig(**{f"lr_{kind}": rate for kind, rate in RATES.items()})
-    adapters = attach_method("orchmoe", small_t5, OrchMoEConfig(router=router))
+    adapters = attach_method(method, small_t5, OrchMoEConfig())
     optimizer = train.make_optimizer(adapters, config)
     found = {group["max_lr"]: group["params"] for group in optimizer.param_groups}
     groups = adapters.parameter_groups()
@@ -125,7 +125,7 @@ def test_gradient_is_clipped_to_the_largest_norm(take_step, largest, monkeypatch
 def test_step_that_is_not_finite_changes_no_weight(small_t5, batch, damage, words):
     adapters = attach_method("lora", small_t5, OrchMoEConfig())
     optimizer = train.make_optimizer(adapters, DEFAULTS)
-    damage(adapters.linears["decoder.blocks.1.attention.v"].skill_B)
+    damage(adapters.skills["decoder-blocks-1-attention-v"].B)
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
     message = f"^step 8 on a, b, c, d: {words}; what was saved is intact"
     with refusal(message):
@@ -134,11 +134,11 @@ def test_step_that_is_not_finite_changes_no_weight(small_t5, batch, damage, word
 
 
 def test_routing_noise_of_a_row_is_its_own(small_t5):
-    noise = train.routing_noise(adapted(small_t5, gumbel=True), 0, 0, range(400))
+    noise = train.routing_noise(adapted(small_t5, "orchmoe-gumbel"), 0, 0, range(400))
     assert len(noise.flatten(1)[:, 0].unique()) == 400
 
 
-@pytest.mark.parametrize("options", [{}, {"gumbel": True}])
+@pytest.mark.parametrize("options", [{}, {"method": "orchmoe-gumbel"}])
 def test_micro_batches_add_up_to_the_whole_step(take_step, options):
     """Loss and norm are those of all rows. Noise belongs to a row, not to its part."""
     whole, _ = take_step(**options)
@@ -181,9 +181,9 @@ def test_training_batch_depends_on_seed_and_step():
 
 NEXT = [  # settings, and the words of the two commands
     (
-        {"gumbel": True, "steps": 9, "data": "my data"},
+        {"skills": 3, "steps": 9, "data": "my data"},
         ["python", "-m", "experiments.explorer", "--run", "a run"],
-        "--methods orchmoe,lora --gumbel --data".split() + ["my data", "--steps", "9"],
+        "--methods orchmoe,lora --skills 3 --data".split() + ["my data", "--steps", "9"],
     ),
     (
         {"method": "lora", "model": "base"},
@@ -206,7 +206,7 @@ NEXT = [  # settings, and the words of the two commands
 
 @pytest.mark.parametrize("values, look, compared", NEXT)
 def test_next_commands_have_the_settings_of_the_run(values, look, compared, monkeypatch, capsys):
-    own = type("Mine", (Method,), {"source": "my.py:Mine"})
+    own = type("Mine", (Adapters,), {"source": "my.py:Mine"})
     monkeypatch.setitem(train.OWN_METHODS, "Mine", own)
     launch = train.LaunchConfig(gpu=3)
     train.print_next_commands(Path("a run"), train.Settings(**values), launch)
@@ -273,7 +273,7 @@ def test_the_seed_decides_the_initial_values(first_step):
     for seed in (0, 0, 1):
         _, adapters = first_step(seed=seed)
         states.append(adapters.state_dict())
-    for name in ("Z", "router.W_task", "decoder.blocks.1.attention.v.skill_A"):
+    for name in ("Z", "router.W_task", "skills.decoder-blocks-1-attention-v.A"):
         one, same, other = [state[name] for state in states]
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
