@@ -180,7 +180,7 @@ class Api:
         choice = {"index": 0, **content, "logprobs": None}
         choice["finish_reason"] = "length" if answer.is_cut else "stop"
         if len(answer.w) > 1:
-            choice["w"] = answer.w
+            choice["w"] = [round(weight, 4) for weight in answer.w]
         usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.tokens}
         usage["total_tokens"] = answer.prompt_tokens + answer.tokens
         values = {"id": f"{kind}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time())}

@@ -184,7 +184,7 @@ def test_an_answer_shows_w_unless_there_is_a_single_lora(home):
         if served.router.router is None:
             assert not hasattr(choice, "w")
         else:
-            assert choice.w == pytest.approx(served.router(torch.tensor(ids)).tolist(), rel=1e-4)
+            assert choice.w == pytest.approx(served.router(torch.tensor(ids)).tolist(), abs=1e-4)
 
 
 def test_completions_of_whole_prompts_end_where_they_should(decoder):
@@ -431,7 +431,7 @@ def test_requests_are_passed_on_to_llama_cpp_with_their_own_weights(home, llama_
         assert choice.message.content == f"{w.index(max(w))}"
         assert choice.finish_reason == "stop"
         assert reply.usage.completion_tokens == 1
-        assert getattr(choice, "w", [1.0]) == w
+        assert getattr(choice, "w", [1.0]) == pytest.approx(w, abs=1e-4)
     assert len({reply.choices[0].message.content for reply in replies}) > 1 or len(w) == 1
 
 
@@ -468,11 +468,12 @@ def test_a_stop_finishes_what_runs_and_what_waits(t5):
 def test_the_program_serves_on_127_0_0_1_until_ctrl_c(t5):
     words = [sys.executable, "-m", "integrations.server", "--served", "served", "--base", "base"]
     environment = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(
+    process = subprocess.Popen(
         [*words, "--port", "0"], cwd=t5, env=environment, stdout=-1, stderr=-1, text=True
-    ) as process:
+    )
+    try:
         line = process.stdout.readline()
-        assert line.startswith("model served answers at http://127.0.0.1:"), process.stderr.read()
+        assert line.startswith("model served answers at http://127.0.0.1:")
         address = line.split()[4].removesuffix(";")
         client = openai.OpenAI(base_url=address, api_key="none")
         reply = client.chat.completions.create(
@@ -483,8 +484,11 @@ def test_the_program_serves_on_127_0_0_1_until_ctrl_c(t5):
         flags = f"--served served --base base --port {port}"
         refused(f"--host 127.0.0.1 --port {port}: ", f"integrations/server.py {flags}", cwd=t5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-        assert "Traceback" not in process.stderr.read()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in errors
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_mistakes_are_one_line(t5, monkeypatch):
