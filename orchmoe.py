@@ -70,9 +70,7 @@ class OrchMoEConfig:
         if self.alpha is not None and not 0 < self.alpha < 1e6:
             raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e6")
         if not 0 <= self.allocation_std < 1e6:
-            raise ValueError(
-                f"allocation_std: {self.allocation_std!r} must be at least 0 and below 1e6"
-            )
+            raise ValueError(f"allocation_std: {self.allocation_std!r} must be from 0 to 1e6")
         if isinstance(self.targets, str) or not self.targets:  # a text would be read as letters
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
 
@@ -255,8 +253,8 @@ class Skills(nn.Module):
         num_skills: int,
         rank: int,
         scale: float,
-        mix: Callable[..., Tensor] = mix_skills,
-        generator: Generator | None = None,
+        mix: Callable[..., Tensor],
+        generator: Generator | None,
     ):
         super().__init__()
         S, R, D = num_skills, rank, linear.in_features
@@ -285,9 +283,7 @@ class Skills(nn.Module):
         if self.is_off:
             return y
         if self.c is None:
-            raise RuntimeError(
-                "a Linear with skills was called outside `with adapters.routed(...)`"
-            )
+            raise RuntimeError("a Linear with skills was called outside `adapters.routed(...)`")
         self.was_called = True
         x = inputs[0]
         if x.dim() == 3:
@@ -414,15 +410,11 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             c_of_all = routing.c
             if embeddings is not None:  # of the base's dtype, so cast once for all Linears
                 c_of_all = c_of_all.to(embeddings.dtype)
-            same = {"shared": routing.shared, "beams": beams}
-            try:
-                for skills, c in zip(self.skills.values(), c_of_all.unbind(0), strict=True):
-                    # Faster than `skills.c = c`, a call of nn.Module.__setattr__.
-                    vars(skills).update(same, c=c)
-                yield routing
-                self._warn_uncalled()
-            finally:
-                self._set(c=None)
+            for skills, c in zip(self.skills.values(), c_of_all.unbind(0), strict=True):
+                # Faster than `skills.c = c`, a call of nn.Module.__setattr__.
+                vars(skills).update(c=c, shared=routing.shared, beams=beams)
+            yield routing
+            self._warn_uncalled()
 
     def _require_routing(self, routing: Routing, embeddings: Tensor | None) -> None:
         """Raise ValueError if `route` has not returned weights for the skills of all Linears."""
@@ -474,9 +466,8 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             masks = itertools.repeat(None)
         with full_precision(self.router.mu.device):
             pairs = zip(embeddings, masks, strict=False)
-            x_hat = torch.cat(
-                [self.router.summarise(batch, mask) for batch, mask in pairs]
-            )  # (M,D)
+            summaries = [self.router.summarise(batch, mask) for batch, mask in pairs]
+            x_hat = torch.cat(summaries)  # (M,D)
             sources, K = len(x_hat.unique(dim=0)), len(self.router.W_task)
             if sources < max(2, K):
                 raise ValueError(
@@ -490,10 +481,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         """Within the `with` block the model is the base as before attach, bit for bit."""
         with self._open():
             self._set(is_off=True)
-            try:
-                yield
-            finally:
-                self._set(is_off=False)
+            yield
 
     @contextmanager
     def folded(self, w: Tensor | None = None, **options: Any) -> Iterator[None]:
@@ -503,7 +491,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         embeddings=(1,L,D) and mask=. Raise ValueError for several samples, token routers, and a
         Linear whose weight cannot hold the skills.
         """
-        new_weights = self._folded_weights(w, options)
+        new_weights = self._folded_weights(w=w, **options)
         originals = {linear: linear.weight for linear in new_weights}
         with self.disabled():
             try:
@@ -517,7 +505,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
 
         For the arguments see `folded`.
         """
-        self._set_weights(self._folded_weights(w, options))
+        self._set_weights(self._folded_weights(w=w, **options))
         self.detach()
 
     def detach(self) -> None:
@@ -532,19 +520,16 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             parameter.requires_grad_(self.trained_before.get(name, parameter.requires_grad))
 
     @torch.no_grad()
-    def _folded_weights(
-        self, w: Tensor | None, options: dict[str, Any]
-    ) -> dict[nn.Linear, nn.Parameter]:
+    def _folded_weights(self, **options: Any) -> dict[nn.Linear, nn.Parameter]:
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
         if not self.skills_class.is_linear:
             raise ValueError("with a token router every token has its own w, so nothing is folded")
         weights = {}
-        with self.routed(w=w, **options) as routing:
+        pairs = zip(self.linears.items(), self.skills.values(), strict=True)
+        with self.routed(**options) as routing:
             if routing.c.shape[1] != 1:
                 raise ValueError(f"give one sample or one w (K,), not {routing.c.shape[1]}")
-            for (path, linear), skills in zip(
-                self.linears.items(), self.skills.values(), strict=True
-            ):
+            for (path, linear), skills in pairs:
                 weight = linear._parameters.get("weight")  # None if it is parametrised
                 is_plain = type(weight) is nn.Parameter and weight.is_floating_point()
                 if not is_plain or type(linear).forward is not nn.Linear.forward:
@@ -580,7 +565,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
 
     @contextmanager
     def _open(self) -> Iterator[None]:
-        """Raise RuntimeError if a block of these adapters is open, in this thread or another."""
+        """Open a block, which one thread at a time can do. Afterwards nothing is routed or off."""
         with self._lock:
             if self._is_open:
                 raise RuntimeError(
@@ -590,6 +575,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         try:
             yield
         finally:
+            self._set(c=None, is_off=False)
             self._is_open = False
 
     def _warn_uncalled(self) -> None:
@@ -597,14 +583,13 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         missed = [name for name, skills in self.skills.items() if not skills.was_called]
         # Without gradients `routed` may be opened just to read w.
         nothing_ran = len(missed) == len(self.skills) and not torch.is_grad_enabled()
-        if not missed or nothing_ran:
-            return
-        self._set(was_called=True)  # warn once
-        warnings.warn(
-            f"{len(missed)} of {len(self.skills)} adapted Linears were not called, so their "
-            f"skills cannot train: {', '.join(missed[:3])}",
-            stacklevel=4,  # the line of the user's `with`
-        )
+        if missed and not nothing_ran:
+            self._set(was_called=True)  # warn once
+            warnings.warn(
+                f"{len(missed)} of {len(self.skills)} adapted Linears were not called, so their "
+                f"skills cannot train: {', '.join(missed[:3])}",
+                stacklevel=4,  # the line of the user's `with`
+            )
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
         """Apply .to(), .half() and the like. All tensors here stay in float32 or wider."""

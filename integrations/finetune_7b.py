@@ -84,7 +84,7 @@ def load_base(name):
     )
     if torch.cuda.device_count() > 1:
         raise UserError("CUDA_VISIBLE_DEVICES: set it to the number of one GPU; leave out torchrun")
-    # Not "auto": a base that is spread over several GPUs is refused.
+    # Not "auto": a base that is spread over several GPUs was never trained.
     device = 0 if torch.cuda.is_available() else "cpu"
     with program.reading(name, "name a decoder of the Hub or its folder"):
         model = AutoModelForCausalLM.from_pretrained(

@@ -158,7 +158,7 @@ def pretend_to_have_an_h100() -> None:
     """Change torch for the rest of this process. Raise OtherNames if a name is not there."""
     try:
         for name, function in H100_FUNCTIONS.items():
-            mock.patch(name, function, create=name.startswith("torch._C.")).start()
+            mock.patch(name, function).start()
     except AttributeError as error:
         raise OtherNames(error) from None
 
@@ -209,10 +209,3 @@ def record_inputs(
         else:
             base.hidden(source)
     return found
-
-
-def trained_tensors(adapters: Adapters, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the tensors for which a block computes gradients. The adapters are routed."""
-    tensors = [*inputs, *adapters.parameter_groups()["skills"]]
-    tensors += [skills.c for skills in adapters.skills.values()]
-    return [tensor for tensor in tensors if tensor.requires_grad]

@@ -47,6 +47,7 @@ from integrations.trainer import (  # noqa: E402
 )
 from orchmoe import OrchMoE, OrchMoEConfig, attach  # noqa: E402
 from support.program import UserError, locked_folder, read_json  # noqa: E402
+from variants import Noisy, TokenRouted  # noqa: E402
 
 datasets.disable_progress_bars()
 # transformers renames it to activation_checkpointing; both names work until version 6.
@@ -272,7 +273,7 @@ def test_checkpointing_and_accumulation_change_nothing(tmp_path):
 
 def test_noise_is_drawn_only_in_training(tmp_path, monkeypatch):
     """The first step after an evaluation is routed in training mode as well."""
-    model = adapted(make_llama(), "orchmoe-gumbel")
+    model = adapted(make_llama(), Noisy)
     trainer = make_sft(tmp_path, model, max_steps=2, eval_strategy="steps", eval_steps=1)
     adapters = model.skill_adapters
     modes = []
@@ -298,7 +299,7 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     """
 
     def fresh(name):
-        model = adapted(make_t5(), "orchmoe-gumbel")
+        model = adapted(make_t5(), Noisy)
         options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 5}
         return make_trainer(tmp_path / name, model, gradient_accumulation_steps=2, **options)
 
@@ -496,7 +497,7 @@ def test_what_cannot_be_routed_is_refused(make, options, message, tmp_path):
 
 
 def test_training_without_a_router_of_samples_takes_any_text(tmp_path):
-    model = adapted(make_llama(), "orchmoe-token")
+    model = adapted(make_llama(), TokenRouted)
     trainer = make_sft(tmp_path, model, [{"text": text} for text in PROMPTS], max_steps=1)
     trainer.fit_router()
     trainer.train()
@@ -712,13 +713,21 @@ BAD_ROWS = [
 ]
 
 
-def test_a_base_on_several_devices_is_refused():
+def test_a_linear_whose_forward_accelerate_replaces_has_its_skills():
     hooks = pytest.importorskip("accelerate.hooks")
-    model = make_llama()
-    linear = model.model.layers[1].self_attn.q_proj
-    hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))  # as device_map="auto" does
-    with refusal("layers.1.self_attn.q_proj: its forward was replaced"):
-        attach(model, OrchMoEConfig(targets=("q_proj",)))
+    inputs = tokens_of(PROMPTS)
+    logits = []
+    for is_replaced in (False, True):
+        model = make_llama()
+        linear = model.model.layers[1].self_attn.q_proj
+        if is_replaced:  # as device_map="auto" does
+            hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))
+        adapters = adapted(model).skill_adapters
+        stir(adapters, seeded_generator())
+        embeddings = model.get_input_embeddings()(inputs["input_ids"])
+        with torch.no_grad(), adapters.routed(embeddings, inputs["attention_mask"]):
+            logits.append(model(**inputs).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("row, message", BAD_ROWS)
