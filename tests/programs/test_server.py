@@ -93,7 +93,9 @@ class Served:
         config = uvicorn.Config(server.application(api), log_level="critical")
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([self.listener],))
-        self.client = openai.OpenAI(base_url=self.address, api_key="none", max_retries=0)
+        self.client = openai.OpenAI(
+            base_url=self.address, api_key="none", max_retries=0, timeout=60
+        )
 
     def complete(self, prompt, **options):
         options = {"model": "served", "max_tokens": 9} | options
