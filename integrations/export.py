@@ -109,6 +109,7 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
         raise UserError(f"{model}: its files have no tensor {' or '.join(names)}")
     facts = {
         "embedding": names_in_files[0],
+        "dtype": saved["dtypes"][names_in_files[0]],
         "max_new_tokens": saved.get("max_new_tokens", 127),  # finetune_7b.py saves it
         "prompt": None,
     }
@@ -189,6 +190,7 @@ def save_router(
 
     loras: the folders whose weights w holds, in this order.
     embedding: the name of the embedding table, or None without a router.
+    dtype: that in which the run computed, and its router read the embeddings.
     prompt: the rule of `prompt_rule`, or None if prompts have the ids of transformers, as in a
         trainer.
     max_new_tokens: the most tokens of an answer.
@@ -230,6 +232,7 @@ def export(config: ExportConfig) -> None:
         tensors = checkpoint.read_folder(base_folder)
         facts = {
             "embedding": next(name for name in base.tables if name in tensors),
+            "dtype": run.settings.dtype,
             "max_new_tokens": run.settings.max_new_tokens,
             "prompt": prompt_rule(run, tokenizer),
         }

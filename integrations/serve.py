@@ -4,7 +4,8 @@ For each prompt the router gives w, the weights of the LoRAs. Without --server t
 transformers and peft. All LoRAs have the same A, so their mixture is one LoRA of the same rank with
 B = sum_k w_k B_k. With --server it comes from a running llama-server of llama.cpp, which weights
 the LoRAs in each request. It must have been started with all LoRAs, in the order of router.json.
-The base is loaded as its folder has it, so answers differ from those of a base in 4 bits.
+The base is loaded in the dtype of router.json, in which the run computed: rounded in another way,
+some answers would differ. A base that was trained in 4 bits is not quantised here.
 
     python -m integrations.serve --served served --base smollm2 --prompt "Hot is not" "Up is not"
     python -m integrations.serve --served served --base smollm2 --server http://localhost:8080 \
@@ -36,6 +37,7 @@ from orchmoe import Adapters, OrchMoEConfig, Routing, TaskRouter, attach, full_p
 from support import program, runtime
 from tasks import DataConfig, instruction_prompt, row_of_prompt
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LONGEST = 2**15  # tokens of a prompt and its answer, where nothing else limits them
 
 
@@ -56,6 +58,7 @@ class Router:
         with program.reading(path, "export it again, or give the folder of its base"):
             if facts["base"] != fingerprint(tensors.values()):
                 raise ValueError(f"{base} is not the base of these LoRAs")
+            self.dtype = DTYPES[facts["dtype"]]
             self.prompt_rule = facts["prompt"]  # see export.save_router
             self.max_new_tokens = facts["max_new_tokens"]
             if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
@@ -81,7 +84,7 @@ class Router:
         """Return w (K,) for the token ids (L,) of a prompt."""
         if self.router is None:
             return torch.ones(1)
-        return self.router(self.table[ids][None])[0]
+        return self.router(self.table[ids][None].to(self.dtype))[0]
 
 
 class RunTokenizer:
@@ -184,10 +187,12 @@ def only_message(messages):
 class PeftModel:
     """The base with one LoRA in peft, whose B is mixed anew for each prompt.
 
+    Base and LoRA compute in `dtype`, see Router.dtype. By itself peft keeps a LoRA in float32.
+
     Threads must take turns, since `answer` changes the model.
     """
 
-    def __init__(self, base, loras):
+    def __init__(self, base, loras, dtype):
         loaded = [load_peft(folder) for folder in loras]
         self.factors = {}  # name of a B -> the B of all LoRAs (K,O,r)
         with program.reading(loras[0].parent, "export it again"):
@@ -204,8 +209,10 @@ class PeftModel:
             model_class = transformers.AutoModelForCausalLM
             if config.is_encoder_decoder:
                 model_class = transformers.AutoModelForSeq2SeqLM
-            model = model_class.from_pretrained(base, dtype="auto", device_map="auto")
-            self.model = peft.PeftModel.from_pretrained(model, loras[0]).eval()
+            model = model_class.from_pretrained(base, dtype=dtype, device_map="auto")
+            self.model = peft.PeftModel.from_pretrained(
+                model, loras[0], autocast_adapter_dtype=False
+            ).eval()
         self.set_state = peft.set_peft_model_state_dict
 
     @torch.no_grad()
@@ -256,9 +263,9 @@ class MixtureModel:
     """
 
     def __init__(self, router, texts, base):
-        device = runtime.pick_device(base=base)
+        device = runtime.pick_device().torch_device
         self.texts = texts
-        self.base = checkpoint.load(base, dtype=device.dtype, device=device.torch_device)
+        self.base = checkpoint.load(base, dtype=router.dtype, device=device)
         self.longest = self.base.longest or LONGEST  # tokens of a prompt and its answer
         loras = [load_peft(folder) for folder in router.loras]
         targets = set()
@@ -272,7 +279,7 @@ class MixtureModel:
             self.adapters = attach(self.base, config, LoraMixture, mix=kernels.mix_skills)
             set_skills(self.adapters, loras)
         self.adapters.router = router.router
-        self.adapters.to(device.torch_device).eval()
+        self.adapters.to(device).eval()
 
     @torch.no_grad()
     def answer(self, prompts, max_tokens):
@@ -368,7 +375,7 @@ def main():
             )
         prompts = [instruction_prompt(instruction, args.input) for instruction in args.ask]
     max_tokens = args.max_tokens or router.max_new_tokens
-    model = None if args.server else PeftModel(args.base, router.loras)
+    model = None if args.server else PeftModel(args.base, router.loras, router.dtype)
     for question, prompt in zip(questions, prompts, strict=True):
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 import data
 import eval as evaluation
@@ -25,7 +27,8 @@ from helpers import (
     text_of,
     write_rows,
 )
-from integrations.serve import PeftModel
+from integrations.serve import PeftModel, Router
+from support import program
 from support.program import UserError, read_json, write_json
 from tasks import DataConfig, row_of_prompt
 
@@ -82,6 +85,51 @@ def test_answers_are_those_of_eval_without_the_tokenizer_of_transformers(home, a
     assert said == "".join(expected)
 
 
+TEXTS = {  # answer: text with a number
+    "Yes": "Olga the pilot has a red hat and {} apples.",
+    "No": "On Monday, Paul needed {} boats in Oslo.",
+    "cook": "Zoe wrote {} letters.",
+}
+
+
+def test_a_run_in_bfloat16_is_served_in_bfloat16(tmp_path):
+    """The file of the base is in float16, and peft would keep a LoRA in float32. Two programs round
+    differently in bfloat16, so the answers must be clear, as they are after training.
+    """
+    (tmp_path / "base").symlink_to(ROOT / "tiny")
+    rows = []
+    for number in range(100, 200):
+        for answer, text in TEXTS.items():
+            rows.append({"prompt": text.format(number), "completion": answer})
+    write_rows(tmp_path / "own.jsonl", rows)
+    run(
+        "train.py --device cpu --model base --data own.jsonl --steps 30 --warmup 4 "
+        "--eval-instances 8 --dtype bfloat16 --out run"
+    )
+    run("integrations/export.py --run run --out served")
+    scored = "--split seen --limit 20 --max-new-tokens 9 --batch-size 16 --out scored"
+    run(f"eval.py --run run --device cpu {scored}")
+    expected = ""
+    prompts = []
+    for _, _, row in program.read_jsonl("scored/predictions.jsonl"):
+        prompts.append(rows[int(row["id"]) - 1]["prompt"])
+        expected += f"{prompts[-1]} -> {row['prediction']}\n"
+    assert all(f" -> {answer}\n" in expected for answer in TEXTS)
+
+    assert run(f"{SERVE} --max-tokens 9 --prompt", *prompts) == expected
+
+    router = Router(Path("served"), Path("base"))
+    model = PeftModel(Path("base"), router.loras, router.dtype).model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    device = CPU._replace(dtype=torch.bfloat16)
+    base, adapters, tokenizer = run_folder.load(device, run_dir="run")
+    config = run_folder.read_run("run").settings.part(DataConfig)
+    example = data.example_of(row_of_prompt(prompts[0]), tokenizer, config)
+    [expected_w] = evaluation.router_weights(base, adapters, [example])
+    w = router(torch.from_numpy(example.source_ids))
+    torch.testing.assert_close(w, expected_w, rtol=0, atol=1e-6)
+
+
 def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, asked, monkeypatch):
     prompts, _, ids, w = asked
     monkeypatch.setitem(sys.modules, "peft", None)
@@ -128,6 +176,7 @@ def damage(served):
         ({"loras": ["../a"]}, "served/router.json: loras: '../a' is not a plain folder name; "),
         ({"max_new_tokens": -3}, "served/router.json: max_new_tokens: -3 is no positive int; "),
         ({"embedding": "none"}, "served/router.json: KeyError: 'none'; export it again"),
+        ({"dtype": "int8"}, "served/router.json: KeyError: 'int8'; export it again"),
     ):
         write_json(path, facts | change)
         yield message
@@ -177,4 +226,4 @@ def test_code_in_the_folder_of_the_base_does_not_run(home, tmp_path, monkeypatch
     (tmp_path / "own.py").write_text("raise SystemExit")
     monkeypatch.setattr("builtins.input", lambda _question: "y")
     with refusal("custom code", UserError):
-        PeftModel(tmp_path, [home / "served/abstract-1"])
+        PeftModel(tmp_path, [home / "served/abstract-1"], torch.float32)

@@ -136,7 +136,7 @@ def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(copied):
 def test_a_server_computes_the_w_of_the_router(tmp_path):
     router = TaskRouter(160, 3, seeded_generator())
     facts = {"loras": list("abc"), "embedding": "shared.weight"}
-    facts |= {"max_new_tokens": 9, "prompt": None}
+    facts |= {"dtype": "float32", "max_new_tokens": 9, "prompt": None}
     export.save_router(router, facts, ROOT / "tiny", tmp_path)
     ids = torch.arange(5, 12)
     w = serve.Router(tmp_path, ROOT / "tiny")(ids)
