@@ -233,7 +233,7 @@ def load_method(text: str) -> str:
     `method_class` then finds the class by this name. The name of a built-in method is returned as
     it is. A run is bound to the content of the file, but not to what the file imports, see
     run_folder.kind_of. Raise UserError for an unknown name, a file that is not Python, or a class
-    that is not a Method.
+    that does not derive Adapters.
 
     This runs the file, so `text` must come from the command line, and never from a saved file.
     """
@@ -292,9 +292,9 @@ def attach_method(
 ) -> Adapters:
     """Freeze `module` and attach a method with S = config.skills and R = config.rank.
 
-    method: a name in BUILT_IN or OWN_METHODS, or a class. For the options see
-    orchmoe.attach. The skills are mixed by kernels.mix_skills. Raise ValueError, with the module
-    unchanged, for targets that the method cannot adapt, or a parameter without a learning rate.
+    method: a name in BUILT_IN or OWN_METHODS, or a class. For the options see orchmoe.attach. The
+    skills are mixed by kernels.mix_skills. Raise ValueError, with the module unchanged, for targets
+    that the method cannot adapt, or a parameter without a learning rate.
     """
     method = method_class(method)
     head = getattr(module, "head", None)

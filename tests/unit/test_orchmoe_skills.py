@@ -467,6 +467,14 @@ def test_a_transformer_layer_computes_with_its_skills(training):
             torch.testing.assert_close(layer(X), before, **CLOSE)
 
 
+def test_an_attention_that_bypasses_its_adapted_linear_is_reported():
+    attention = nn.MultiheadAttention(D, 2, batch_first=True)
+    adapters = adapted(attention, targets=("out_proj",))
+    with pytest.warns(UserWarning, match="1 of 1 adapted Linears were not called"):
+        with adapters.routed(X):
+            attention(X, X, X)
+
+
 def test_a_parameter_without_a_learning_rate_is_refused():
     adapters = attached(net())
     adapters.table = nn.Parameter(torch.ones(1))
