@@ -7,14 +7,14 @@ llama.cpp, which has all LoRAs, in the order of router.json, and gets w in each 
 greedy. Ctrl-C finishes what runs. There is no password. It needs starlette and uvicorn.
 
     python -m integrations.server --served served --base smollm2 --port 8000
-    curl http://127.0.0.1:8000/v1/chat/completions \\
-        -d '{"model": "served", "messages": [{"role": "user", "content": "Hot is not"}]}'
+    curl http://127.0.0.1:8000/v1/completions -d '{"model": "served", "prompt": "Hot is not"}'
 
 Test: pytest tests/programs/test_server.py
 """
 
 import asyncio
 import json
+import os
 import socket
 import time
 import uuid
@@ -25,7 +25,6 @@ import torch
 
 from integrations import serve
 from support import program
-from support.program import UserError
 
 LARGEST_BATCH = 64  # prompts
 READ = {"model", "prompt", "messages", "max_tokens", "max_completion_tokens"}  # fields of a request
@@ -40,9 +39,6 @@ class RequestError(Exception):
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.status = status
-
-
-# ------------------------------------------------------------------------------------ the answers
 
 
 class Batches:
@@ -93,11 +89,8 @@ class LlamaServer:
         w = self.router(ids)
         try:
             return await asyncio.to_thread(serve.ask_llama_server, self.url, ids, w, max_tokens)
-        except UserError as error:
+        except program.UserError as error:
             raise RequestError(str(error), status=502) from error
-
-
-# ----------------------------------------------------------------------------------- the requests
 
 
 @contextmanager
@@ -106,7 +99,7 @@ def reading(param):
     try:
         with program.reading(param, "change the request"):
             yield
-    except UserError as error:
+    except program.UserError as error:
         raise RequestError(str(error), param) from error
 
 
@@ -120,8 +113,7 @@ class Api:
         self.max_tokens = max_tokens  # of an answer, if the request names no number
 
     async def models(self, _body):
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "you"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": 0}]}
 
     async def completions(self, body):
         fields = self.fields_of(body)
@@ -228,7 +220,7 @@ def main():
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as error:
-        raise UserError(f"{error.name} is missing; pip install starlette uvicorn") from None
+        raise program.UserError(f"{error.name} is missing; pip install starlette uvicorn") from None
 
     with program.reading(f"--host {args.host} --port {args.port}", "give others"):
         listener = socket.create_server((args.host, args.port))
@@ -242,8 +234,15 @@ def main():
 
     address, port = listener.getsockname()[:2]
     program.print_line(f"model {api.name} answers at http://{address}:{port}/v1; Ctrl-C stops it")
-    config = uvicorn.Config(application(api), log_level="warning")
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn_server = uvicorn.Server(uvicorn.Config(application(api), log_level="warning"))
+
+    def stop(*signal_and_frame):
+        if uvicorn_server.should_exit:
+            os._exit(130)  # a second signal does not wait for what runs
+        uvicorn.Server.handle_exit(uvicorn_server, *signal_and_frame)
+
+    uvicorn_server.handle_exit = stop
+    uvicorn_server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def make_home(folder, base, method):
     (folder / "base").symlink_to(base)
     rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
     data = write_rows(folder / "rows.jsonl", rows)
-    settings = train.Settings(data=str(data), model=str(base), method=method, steps=1)
-    launch = train.LaunchConfig(out=str(folder / "run"))
-    train.train(settings, CPU, launch, final_scores=False)
+    options = {"steps": 1, "eval_instances": 2, "method": method}
+    settings = train.Settings(data=str(data), model=str(base), **options)
+    train.train(settings, CPU, train.LaunchConfig(out=str(folder / "run")))
     _, adapters, _ = run_folder.load(CPU, run_dir=folder / "run")
     stir(adapters, seeded_generator())
     run_folder.read_run(folder / "run").save_best(adapters)
@@ -491,6 +491,17 @@ def test_the_program_serves_on_127_0_0_1_until_ctrl_c(t5):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_runs(t5, monkeypatch):
+    started = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *inputs, **options: started.extend(inputs))
+    run("integrations/server.py --served served --base base --port 0", cwd=t5)
+    with mock.patch("os._exit") as leave:
+        started[0].handle_exit(signal.SIGINT, None)
+        assert started[0].should_exit and not leave.called
+        started[0].handle_exit(signal.SIGINT, None)
+        leave.assert_called_once_with(130)
 
 
 def test_mistakes_are_one_line(t5, monkeypatch):
