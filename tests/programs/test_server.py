@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,7 +36,6 @@ from support.program import read_json, write_json
 from tasks import DataConfig
 
 openai = pytest.importorskip("openai")
-httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
@@ -110,8 +111,9 @@ class Served:
 
     def post(self, content, path="completions"):
         """Return the status and the error object of a request that is refused."""
-        reply = httpx.post(f"{self.address}/{path}", content=content)
-        return reply.status_code, reply.json()["error"]
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(f"{self.address}/{path}", content.encode(), timeout=60)
+        return refusal.value.code, json.loads(refusal.value.read())["error"]
 
 
 @contextmanager
