@@ -181,6 +181,18 @@ def test_thirty_requests_at_once_get_the_answers_of_eval(home):
     assert [reply.choices[0].message.content for reply in replies] == expected
 
 
+def test_serve_answers_by_a_plain_lora_too(lora):
+    pytest.importorskip("peft")
+    expected = answers_of_eval(lora, "ask", QUESTIONS[:3])
+    said = run(
+        "integrations/serve.py --served served --base base --max-tokens 9 --ask",
+        *QUESTIONS[:3],
+        cwd=lora,
+    )
+    lines = [f"{text} -> {answer}\n" for text, answer in zip(QUESTIONS, expected, strict=False)]
+    assert said == "".join(lines)
+
+
 def test_an_answer_shows_w_unless_there_is_a_single_lora(home):
     with serving(home) as served:
         choice = served.complete("Say 1 in words.\n\n")
