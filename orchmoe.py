@@ -18,8 +18,8 @@ E: the embeddings of the source. B batch, L length, D input width (in the router
 O output width, K abstract tasks, S skills, R rank, N adapted Linears. A is stored as (S,R,D), and
 B as (S,R,O): each B_s is transposed.
 
-The equations are our reconstruction of the paper. The file has the router and the mix first, then how
-the router starts, the skills of a Linear, the adapters, OrchMoE with its allocation, and `attach`.
+The equations are our reconstruction of the paper. The file has the router and the mix first, then
+how the router starts, the skills of a Linear, the adapters, OrchMoE's allocation, and `attach`.
 
     adapters = attach(model, OrchMoEConfig())             # skills in q and v; all else is frozen
     rates = {"skills": 1e-2, "router": 1e-3, "token_router": 1e-2, "allocation": 1e-2}

@@ -44,7 +44,7 @@ class TrainConfig:
     """Training: model, method, steps and learning rates."""
 
     model: str = str(program.ROOT / "tiny")  # Hugging Face folder (default: tiny/ of the project)
-    method: str = "orchmoe"  # a name in baselines.py or variants.py, or FILE.py:Class
+    method: str = "orchmoe"  # orchmoe, lora, moe-lora, poly, mhr, c-poly, variants, FILE.py:Class
     extra_rank: int = 0  # extra ranks in all, spread evenly over the adapted Linears
     seed: int = 0  # random seed (data order, initialisation, noise)
     steps: int = 600  # optimiser steps

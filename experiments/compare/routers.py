@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines import Poly, attach_method
+from baselines import MHR, Poly, attach_method
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter, scale_for_entropy
+from variants import FactorSkills
 
 
 def make_buffers(router: TaskRouter) -> None:
@@ -98,6 +99,12 @@ class Oracle(OrchMoE):
         return super().route(*inputs, w=w, **options)
 
 
+class FactorOracle(Oracle):
+    """The oracle of orchmoe-factors: the factors of the skills are mixed."""
+
+    skills_class = FactorSkills
+
+
 class ClusterPoly(Poly):
     """Poly that is told the cluster of a sample in place of its task. It needs no task ids.
 
@@ -132,13 +139,26 @@ class ClusterPoly(Poly):
         return super().route(task_ids=cluster, **options)
 
 
-REPLACED = {"random": RandomRouting, "task": Oracle, "cluster": ClusterPoly}
+class QuietMHR(MHR):
+    """MHR that trains without noise, which is one of its authors' settings."""
+
+    noisy = False
+
+
+REPLACED = {
+    "random": RandomRouting,
+    "task": Oracle,
+    "task, factors": FactorOracle,
+    "cluster": ClusterPoly,
+    "no noise": QuietMHR,
+}
 
 
 def attach_with(name: str) -> Callable[..., Adapters]:
     """Return a function like attach_method with the change `name`. With "" nothing changes.
 
-    random: see RandomRouter. task: see Oracle. cluster: see ClusterPoly.
+    random: see RandomRouter. task: see Oracle. task, factors: see FactorOracle. cluster: see
+    ClusterPoly. no noise: see QuietMHR.
     """
 
     def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:

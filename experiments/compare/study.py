@@ -11,7 +11,7 @@ again, unfinished runs resume, and a cell of other settings is refused.
     study.tune(rows)
     study.run(study.cells("methods", rows | controls, {}, seeds=range(1, 4)))  # seed 0 tunes
 
-compare.py, beside this file, is a study, and so is experiments/claim.py.
+compare.py, beside this file, is a study, and so is experiments/why.py.
 Test: pytest tests/experiments/test_compare.py
 """
 
@@ -61,8 +61,10 @@ from tasks import DataConfig
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
 FIXED = ("method", "seed", "start", "extra_rank")
-# A cell that scores "replicate" answers the first ANSWERED instances of each task.
-ANSWERED = 5
+# A cell that scores "replicate" scores the first UNSEEN instances of each new task. Their prompts
+# have up to UNSEEN_LENGTH tokens, so that none loses its end.
+UNSEEN = 5
+UNSEEN_LENGTH = 1024
 ANSWER_TOKENS = 32
 
 
@@ -222,8 +224,8 @@ def run_cell(cell: Cell, device: runtime.Device) -> bool:
 
     dev         the lowest dev loss of the run, in which all target tokens weigh the same
     dev tasks   the loss on all dev instances, the mean within a task, then over tasks
-    replicate   the dev loss, the losses on all seen instances, and the scores of short answers to
-                some of them
+    replicate   the dev loss, the losses and the scores of short answers on all seen instances and,
+                if there are test tasks, on some instances of each of them
     answers     the dev loss, and the losses and the scores of answers on seen and unseen instances
 
     A cell that diverged has "diverged" and no dev loss.
@@ -344,16 +346,18 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
         return result
     rules = settings.metric_rules
     if cell.scores == "replicate":  # a cell of a planned study
-        seen = sets["seen"]  # all seen instances
-        losses = finite_losses(base, adapters, seen, "seen", **options)
-        tasks = {}
-        for task, of_task in evaluation.losses_by_task(seen, losses).items():
-            tasks[task] = {"loss": fmean(of_task)}
-        answered = first_of_each_task(seen, ANSWERED)
-        options["max_new_tokens"] = ANSWER_TOKENS
-        predictions = evaluation.predict(base, adapters, answered, tokenizer, **options)
-        answers = evaluation.score(answered, predictions, rules)
-        return result | {"seen": {"tasks": tasks}, "answers": answers}
+        scored = {"seen": sets["seen"]}
+        if "test" in sets:
+            config = replace(settings.part(DataConfig), max_source_length=UNSEEN_LENGTH)
+            test = data.load_sets(config, tokenizer, only_test=True)["test"]
+            scored["unseen"] = first_of_each_task(test, UNSEEN)
+        for which, examples in scored.items():
+            losses = finite_losses(base, adapters, examples, which, **options)
+            predictions = evaluation.predict(
+                base, adapters, examples, tokenizer, max_new_tokens=ANSWER_TOKENS, **options
+            )
+            result[which] = evaluation.score(examples, predictions, rules, losses)
+        return result
     held_out = train.held_out_sets(sets, settings.eval_instances)
     dev = held_out.pop("dev")
     for which, examples in held_out.items():

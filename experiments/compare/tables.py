@@ -249,16 +249,20 @@ def t_p_value(values: np.ndarray) -> float:
 # --------------------------------------------------------------------------------------- verdicts
 
 
-def hochberg(p_values: Sequence[float]) -> list[bool]:
+def holm(p_values: Sequence[float]) -> list[bool]:
     """Return for each of several tests whether it decides, with a joint error of at most 0.05.
 
-    If the largest p value is below 0.05, all decide. Otherwise, if the second largest is below
-    0.05 / 2, it and all smaller ones decide, and so on. Source: Hochberg 1988, Biometrika 75.
+    If the smallest of n p values is below 0.05 / n, it decides. If the next one is below
+    0.05 / (n - 1), it decides, too, and so on until one does not decide. It holds however the tests
+    are correlated. Source: Holm 1979, Scandinavian Journal of Statistics 6.
     """
-    for number, largest in enumerate(sorted(p_values, reverse=True), start=1):
-        if largest < 0.05 / number:
-            return [p_value <= largest for p_value in p_values]
-    return [False] * len(p_values)
+    decided = [False] * len(p_values)
+    by_size = sorted(range(len(p_values)), key=lambda test: p_values[test])
+    for number, test in enumerate(by_size):
+        if p_values[test] >= 0.05 / (len(p_values) - number):
+            break
+        decided[test] = True
+    return decided
 
 
 def verdict(difference: Difference) -> str:

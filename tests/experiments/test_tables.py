@@ -235,11 +235,11 @@ def test_the_p_value_of_student_in_closed_form(values):
     assert tables.t_p_value(values) == pytest.approx(expected, rel=1e-4)
 
 
-def test_hochberg_by_hand():
-    assert tables.hochberg([0.01, 0.049, 0.03]) == [True] * 3  # the largest is below 0.05
-    assert tables.hochberg([0.01, 0.06, 0.03]) == [True, False, False]  # 0.01 < 0.05 / 3
-    assert tables.hochberg([0.02, 0.06, 0.024]) == [True, False, True]  # 0.024 < 0.05 / 2
-    assert tables.hochberg([0.03, 0.06, 0.026]) == [False] * 3
+def test_holm_by_hand():
+    assert tables.holm([0.01, 0.049, 0.024]) == [True] * 3  # below 0.05 / 3, / 1 and / 2
+    assert tables.holm([0.01, 0.06, 0.024]) == [True, False, True]
+    assert tables.holm([0.01, 0.03, 0.026]) == [True, False, False]  # 0.026 > 0.05 / 2 ends it
+    assert tables.holm([0.02, 0.03, 0.04]) == [False] * 3
 
 
 def test_what_would_decide_by_hand():

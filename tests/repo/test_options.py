@@ -12,7 +12,7 @@ from helpers import ROOT, text_of
 from support.program import Parser
 
 PROGRAMS = ("train", "eval", "integrations.export")
-NAMES = ("bench", "claim", "compare", "computed", "explorer")
+NAMES = ("bench", "compare", "computed", "explorer", "why")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
 SHORT_PROGRAMS = ("integrations.serve", "integrations.server", "experiments.smollm2")
 COMMAND = re.compile(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 COMPARED = ("moe-lora", "poly", "mhr")
-FURTHER = ("lora", "HydraLoRA", "poly_of_clusters", "frozen_router")
 OUTCOMES = (("seen", "loss", 4), ("answers", "rougeL", 2), ("answers", "exact_match", 2))
 
 
@@ -95,9 +94,8 @@ def show(name, values, digits):
 
 
 def differences_from(stage, other, part="seen", score="loss"):
-    """Return OrchMoE minus another row, which is of this stage, draw by draw."""
-    of_orchmoe = "first" if stage == "further" else stage
-    one = means(of_orchmoe, "orchmoe", part, score)
+    """Return OrchMoE minus another row of this stage, draw by draw."""
+    one = means(stage, "orchmoe", part, score)
     return [a - b for a, b in zip(one, means(stage, other, part, score), strict=True)]
 
 
@@ -164,8 +162,6 @@ def main():
         show_differences("second", COMPARED)
         show_verdicts("second")
         show_leads()
-    if ("further", "lora") in cells:
-        show_differences("further", FURTHER)
 
 
 if __name__ == "__main__":
