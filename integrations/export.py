@@ -3,7 +3,7 @@
 OrchMoE is K LoRAs of rank S R, mixed by the router: sum_k w_k LoRA_k. The program writes each of
 them as a folder in PEFT's form, see integrations/peft_folder.py, and the router beside them. The
 adapters come from a run of train.py, or from the adapter.pt of integrations/trainer.py.
-docs/use.md says how to serve them.
+integrations/server.py serves what is written; docs/use.md names other servers.
 
     python -m integrations.export --run runs/orchmoe-1 --out served    # K LoRAs and the router
     python -m integrations.export --run runs/lora-1 --out served       # one LoRA
@@ -181,24 +181,27 @@ def prompt_rule(run: run_folder.Run, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def save_router(
-    router: TaskRouter, facts: dict[str, Any], base: str | Path, folder: str | Path
+    router: TaskRouter | None, facts: dict[str, Any], base: str | Path, folder: str | Path
 ) -> None:
-    """Write what a server needs to compute w of a prompt.
+    """Write what a server needs to build prompts, and to compute their w if there is a router.
 
     router.safetensors: W_task (K,D), bias (K), mu and sd (D). router.json: the fingerprint of the
     base in the folder `base`, and these facts:
 
     loras: the folders whose weights w holds, in this order.
-    embedding: the name of the embedding table.
+    embedding: the name of the embedding table, or None without a router.
     dtype: that in which the run computed, and its router read the embeddings.
     prompt: the rule of `prompt_rule`, or None if prompts have the ids of transformers, as in a
         trainer.
     max_new_tokens: the most tokens of an answer.
     """
     folder = Path(folder)
-    checkpoint.write_safetensors(
-        folder / "router.safetensors", router.state_dict(), {"format": "pt"}
-    )
+    if router is None:
+        facts = facts | {"embedding": None}
+    else:
+        checkpoint.write_safetensors(
+            folder / "router.safetensors", router.state_dict(), {"format": "pt"}
+        )
     digest = fingerprint(checkpoint.read_folder(base).values())
     program.write_json(folder / "router.json", {"base": digest} | facts)
 
@@ -251,15 +254,14 @@ def export(config: ExportConfig) -> None:
         incomplete = Path(temporary) / out.name
         for name, w in routings.items():
             rank = save_peft(adapters, w, incomplete / name, base_name)
-        if adapters.router is not None:
-            save_router(adapters.router, facts, base_folder, incomplete)
+        save_router(adapters.router, facts, base_folder, incomplete)
         incomplete.rename(out)
 
     program.print_line(
         f"written to {out}: LoRAs of rank {rank} for {base_name}: {', '.join(routings)}"
     )
-    if adapters.router is not None:
-        program.print_line(f"written to {out}: router.safetensors and router.json")
+    files = "router.json" if adapters.router is None else "router.safetensors and router.json"
+    program.print_line(f"written to {out}: {files}")
 
 
 def main() -> None:

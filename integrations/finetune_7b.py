@@ -277,7 +277,7 @@ def ask(args):
     max_new_tokens = load_adapters(model, adapter_path)
     replies = answer(model, tokenizer, args.prompt, max_new_tokens)
     for prompt, reply in zip(args.prompt, replies, strict=True):
-        program.print_line(f"{prompt} -> {reply}")
+        program.print_line(f"{prompt} -> {reply or '(empty)'}")
 
 
 def main():

@@ -19,35 +19,41 @@ import json
 import re
 import urllib.error
 import urllib.request
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoint
 import data
+import kernels
 import tokenizer
-from integrations.peft_folder import load_peft
+from integrations.peft_folder import load_peft, set_skills
 from integrations.trainer import fingerprint
-from orchmoe import TaskRouter
-from support import program
+from orchmoe import Adapters, OrchMoEConfig, Routing, TaskRouter, attach, full_precision
+from support import program, runtime
 from tasks import DataConfig, instruction_prompt, row_of_prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LONGEST = 2**15  # tokens of a prompt and its answer, where nothing else limits them
 
 
 class Router:
     """Compute w of a prompt from the files of export.py and the base's embedding table.
 
-    Raise UserError if the base is not the one that was exported.
+    A folder with one plain LoRA has no router: `router` is None, and w is 1. Raise UserError if the
+    base is not the one that was exported.
     """
 
     def __init__(self, served, base):
         path = program.require_path(
-            served / "router.json", "name a folder that integrations/export.py wrote, with a router"
+            served / "router.json", "name a folder that integrations/export.py wrote"
         )
         program.require_path(base, program.DOWNLOAD)
         facts = program.read_json(path)
-        state, _ = checkpoint.read_safetensors(served / "router.safetensors")
         tensors = checkpoint.read_folder(base)  # mapped: what is not used is not read
         with program.reading(path, "export it again, or give the folder of its base"):
             if facts["base"] != fingerprint(tensors.values()):
@@ -61,13 +67,23 @@ class Router:
                 if not re.fullmatch(r"\w[\w.-]*", name):  # a path could lead out of the folder
                     raise ValueError(f"loras: {name!r:.60} is not a plain folder name")
             self.loras = [served / name for name in facts["loras"]]
-            self.table = tensors[facts["embedding"]]  # (V,D)
-            self.router = TaskRouter(self.table.shape[1], len(self.loras))
-            self.router.load_state_dict(state)
+            self.table = None
+            if facts["embedding"] is not None:
+                self.table = tensors[facts["embedding"]]  # (V,D)
+
+        self.router = None
+        if self.table is not None:
+            path = served / "router.safetensors"
+            state, _ = checkpoint.read_safetensors(path)
+            with program.reading(path, "export it again"):
+                self.router = TaskRouter(self.table.shape[1], len(self.loras))
+                self.router.load_state_dict(state)
 
     @torch.no_grad()
     def __call__(self, ids):
         """Return w (K,) for the token ids (L,) of a prompt."""
+        if self.router is None:
+            return torch.ones(1)
         return self.router(self.table[ids][None].to(self.dtype))[0]
 
 
@@ -85,11 +101,31 @@ class RunTokenizer:
             self.instructions = rule["instructions"]
             # The rule names only the settings that decide how a prompt is built.
             self.config = program.from_json(DataConfig, vars(DataConfig()) | rule["dataset"])
+        self.longest = self.config.max_source_length  # tokens of a prompt in training
 
     def encode(self, prompt):
         """Return the ids of a prompt, cut as in training."""
         example = data.example_of(row_of_prompt(prompt), self.tokenizer, self.config)
         return example.source_ids.tolist()
+
+    def encode_whole(self, prompt):
+        """Return the ids of a prompt, even if training would have cut it."""
+        uncut = replace(self.config, max_source_length=2**40)
+        example = data.example_of(row_of_prompt(prompt), self.tokenizer, uncut)
+        return example.source_ids.tolist()
+
+    def prompt_of_chat(self, messages):
+        """Return the prompt of messages, (role, text) each. Raise ValueError if there is none.
+
+        The only message is an instruction, perhaps with its input after an empty line. If the rows
+        of the run are whole prompts, it is one of these.
+        """
+        if self.instructions is None:
+            raise ValueError(
+                "the rows of the run are no instructions; give a whole prompt, and no chat"
+            )
+        text = only_message(messages)
+        return instruction_prompt(text, "") if self.instructions else text
 
     def decode(self, ids):
         return self.tokenizer.decode(ids)
@@ -99,6 +135,7 @@ class HubTokenizer:
     """Give prompts the ids that they have in transformers, for an adapter of a trainer."""
 
     instructions = None
+    longest = LONGEST
 
     def __init__(self, base):
         remedy = "if it has a tokenizer, pip install transformers protobuf sentencepiece"
@@ -114,8 +151,37 @@ class HubTokenizer:
         has_bos = bool(bos) and prompt.startswith(bos)  # a chat template has written it
         return self.tokenizer(prompt, add_special_tokens=not has_bos).input_ids
 
+    encode_whole = encode
+
+    def prompt_of_chat(self, messages):
+        """Return the prompt of messages, (role, text) each, by the chat template if there is one.
+
+        Raise ValueError if the template refuses them, or if there are several and no template.
+        """
+        if not self.tokenizer.chat_template:
+            return only_message(messages)
+        conversation = [{"role": role, "content": text} for role, text in messages]
+        with program.reading("messages", "change them as the chat template of the base needs them"):
+            return self.tokenizer.apply_chat_template(
+                conversation, add_generation_prompt=True, tokenize=False
+            )
+
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(router, base):
+    """Return the tokenizer of the prompts that the adapters were trained on."""
+    if router.prompt_rule:
+        return RunTokenizer(base, router.prompt_rule)
+    return HubTokenizer(base)
+
+
+def only_message(messages):
+    """Return the text of the only message, (role, text). Raise ValueError if it is not a user's."""
+    if len(messages) != 1 or messages[0][0] != "user":
+        raise ValueError("there is no chat template; give one message, of the role user")
+    return messages[0][1]
 
 
 class PeftModel:
@@ -166,8 +232,84 @@ class PeftModel:
         return row if self.model.config.is_encoder_decoder else row[len(ids) :]
 
 
+class LoraMixture(Adapters):
+    """K LoRAs as the skills of each Linear, with the weights c = w; 1 without a router."""
+
+    def route(self, embeddings=None, mask=None, **_options):
+        """Return w (B,K), and c = w for all Linears."""
+        if self.router is None:
+            w = torch.ones(len(embeddings), 1, device=embeddings.device)
+        else:
+            with full_precision(embeddings.device):
+                w = self.router(embeddings, mask)  # (B,K)
+        return Routing(w.expand(len(self.skills), -1, -1), w)
+
+
+class Answer(NamedTuple):
+    """The answer to a prompt."""
+
+    text: str
+    w: list[float]  # weights of the K LoRAs
+    prompt_tokens: int
+    tokens: int  # without the EOS
+    is_cut: bool  # whether it has as many tokens as it may have, and no EOS
+
+
+class MixtureModel:
+    """Our model of the base with the LoRAs and the router. It answers several prompts at once.
+
+    texts: the tokenizer. Raise UserError if the base is of a kind that our models lack, or has not
+    the Linears of the LoRAs.
+    """
+
+    def __init__(self, router, texts, base):
+        device = runtime.pick_device().torch_device
+        self.texts = texts
+        self.base = checkpoint.load(base, dtype=router.dtype, device=device)
+        self.longest = self.base.longest or LONGEST  # tokens of a prompt and its answer
+        loras = [load_peft(folder) for folder in router.loras]
+        targets = set()
+        for path, child in self.base.named_modules():
+            name = checkpoint.hf_name(self.base, f"{path}.").removesuffix(".")
+            if name in loras[0].factors and isinstance(child, torch.nn.Linear):
+                targets.add(path.rpartition(".")[2])
+        rank = max(lora.rank for lora in loras)
+        with program.reading(loras[0].folder, "export it again"):
+            config = OrchMoEConfig(skills=len(loras), rank=rank, targets=tuple(targets))
+            self.adapters = attach(self.base, config, LoraMixture, mix=kernels.mix_skills)
+            set_skills(self.adapters, loras)
+        self.adapters.router = router.router
+        self.adapters.to(device).eval()
+
+    @torch.no_grad()
+    def answer(self, prompts, max_tokens):
+        """Return the Answers to B prompts, given the ids and the most new tokens of each."""
+        sources = [torch.tensor(ids) for ids in prompts]
+        masks = [torch.ones(len(source), dtype=torch.bool) for source in sources]
+        input_ids = pad_sequence(sources, batch_first=True).to(self.base.device)  # (B,L)
+        mask = pad_sequence(masks, batch_first=True).to(self.base.device)
+        with self.adapters.routed(self.base.embed(input_ids), mask) as routing:
+            rows = self.base.generate(
+                input_ids, mask, max_new_tokens=max(max_tokens), on_keep=self.adapters.keep
+            )
+
+        answers = []
+        for i, row in enumerate(rows.tolist()):
+            row = row[: max_tokens[i]]
+            ids = list(takewhile(lambda token: token not in self.base.config.eos_ids, row))
+            answer = Answer(
+                text=self.texts.decode(ids),
+                w=routing.w[i].tolist(),
+                prompt_tokens=len(prompts[i]),
+                tokens=len(ids),
+                is_cut=len(ids) == max_tokens[i],
+            )
+            answers.append(answer)
+        return answers
+
+
 def ask_llama_server(url, ids, w, max_tokens):
-    """Return the answer of a llama-server to a prompt (L,), with the LoRAs weighted by w (K,).
+    """Return the Answer of a llama-server to a prompt (L,), with the LoRAs weighted by w (K,).
 
     Without "cache_prompt": false the server may reuse what it computed with other weights
     (https://github.com/ggml-org/llama.cpp/issues/26207). "lora": [] would leave all LoRAs on
@@ -186,10 +328,17 @@ def ask_llama_server(url, ids, w, max_tokens):
         try:
             content = json.dumps(request).encode()
             with urllib.request.urlopen(address, content, timeout=600) as reply:
-                return json.loads(reply.read())["content"]
+                values = json.loads(reply.read())
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")
             raise ValueError(f"it refuses with {error.code}: {message}") from None
+        return Answer(
+            text=values["content"],
+            w=w.tolist(),
+            prompt_tokens=len(ids),
+            tokens=values.get("tokens_predicted", 0),
+            is_cut=values.get("stop_type") == "limit",
+        )
 
 
 def main():
@@ -214,10 +363,7 @@ def main():
             program.require_prompt("--ask" if args.ask else "--prompt", question)
 
     router = Router(args.served, args.base)
-    if router.prompt_rule:
-        texts = RunTokenizer(args.base, router.prompt_rule)
-    else:
-        texts = HubTokenizer(args.base)
+    texts = load_tokenizer(router, args.base)
     prompts = questions
     if args.ask:
         if texts.instructions is None:
@@ -234,10 +380,10 @@ def main():
         ids = torch.tensor(texts.encode(prompt))
         w = router(ids)
         if args.server:
-            answer = ask_llama_server(args.server, ids, w, max_tokens)
+            answer = ask_llama_server(args.server, ids, w, max_tokens).text
         else:
             answer = texts.decode(model.answer(ids, w, max_tokens))
-        program.print_line(f"{question} -> {answer}")
+        program.print_line(f"{question} -> {answer or '(empty)'}")
 
 
 if __name__ == "__main__":

@@ -195,8 +195,8 @@ def test_a_damaged_export_is_one_line(copy):
         refused(f"serve.py: error: {message}", f"{SERVE} --prompt a", cwd=copy)
 
 
-def test_snippets_of_the_page_give_the_answers_of_the_run(decoder_dir, tmp_path, capsys):
-    """docs/data.md loads an export with the mean w, and with the router's w of each prompt."""
+def test_the_snippet_of_the_page_gives_the_answer_of_the_mean_w(decoder_dir, tmp_path, capsys):
+    """docs/data.md loads an export with the mean w in peft."""
     (tmp_path / "smollm2").symlink_to(decoder_dir)
     rows = [{"instruction": f"Say {i}.", "output": f"{i}"} for i in range(60)]
     write_rows(tmp_path / "rows.jsonl", rows)
@@ -207,25 +207,16 @@ def test_snippets_of_the_page_give_the_answers_of_the_run(decoder_dir, tmp_path,
     run_folder.read_run("run").save_best(adapters)
     run("integrations/export.py --run run --mean --out served")
     config = run_folder.read_run("run").settings.part(DataConfig)
-    with_mean, routed = snippets(text_of("docs/data.md"), "served")
-
-    def examples_of(prompts):
-        return [data.example_of(row_of_prompt(text), tokenizer, config) for text in prompts]
 
     names = {}
+    (with_mean,) = snippets(text_of("docs/data.md"), "served")
     exec(with_mean, names)
     dev = data.load_sets(config, tokenizer)["dev"]
     w = evaluation.router_weights(base, adapters, dev).mean(dim=0, keepdim=True)
-    asked = (base, adapters, examples_of([names["prompt"]]), tokenizer)
+    example = data.example_of(row_of_prompt(names["prompt"]), tokenizer, config)
+    asked = (base, adapters, [example], tokenizer)
     (answer,) = evaluation.predict(*asked, max_new_tokens=20, w=w)
     assert capsys.readouterr().out.endswith(f"\n{answer}\n")
-
-    exec(routed, names)
-    asked = (base, adapters, examples_of(names["prompts"]), tokenizer)
-    answers = evaluation.predict(*asked, max_new_tokens=20)
-    largest = evaluation.router_weights(*asked[:3]).argmax(dim=1) + 1
-    lines = [f"{k} {answer}\n" for k, answer in zip(largest, answers, strict=True)]
-    assert capsys.readouterr().out == "".join(lines)
 
 
 @only_t5

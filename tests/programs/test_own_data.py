@@ -193,7 +193,7 @@ def test_an_instruction_for_a_decoder_whose_rows_are_prompts_gives_a_warning(
             mock.patch.object(program, "warn") as warn,
         ):
             model.return_value.answer.return_value = []
-            assert run(*serve_it, *words)
+            assert run(*serve_it, *words).endswith(" -> (empty)\n")
         assert model.return_value.answer.call_args.args[0].tolist() == ids_of(text)
         assert warn.called == is_warned
 

@@ -14,7 +14,7 @@ from support.program import Parser
 PROGRAMS = ("train", "eval", "integrations.export")
 NAMES = ("bench", "compare", "computed", "explorer", "why")
 STUDIES = tuple(f"experiments.{name}" for name in NAMES)
-SHORT_PROGRAMS = ("integrations.serve", "experiments.smollm2")
+SHORT_PROGRAMS = ("integrations.serve", "integrations.server", "experiments.smollm2")
 COMMAND = re.compile(
     r"^ *(?:OMP_NUM_THREADS=1 )?(?:torchrun .*? -- |python (?:-m )?)([\w.]+?)(?:\.py)?((?: .*)?)$",
     re.MULTILINE,
