@@ -2,7 +2,7 @@
 
     python -m docs.annotate                  # from docs/explorer.json
 
-    # To show another run: docs/explorer.json and the page from this run.
+    # To show another run: docs/explorer.json and the page from this run. It trains twice more.
     python train.py --data sni/ --device cpu --out runs/page
     python -m docs.annotate --run runs/page
 
@@ -10,9 +10,10 @@
 
 It needs markdown-it-py, latex2mathml and Pygments: pip install -r requirements-dev.txt. The page is
 one file that makes no request. Its text is docs/annotated.md, its numbers are in
-docs/explorer.json (made by docs/numbers.py), its verdict in docs/evidence.md, its style and script
-in annotated.css and annotated.js, and its explorer in experiments/. docs/markup.py turns Markdown
-into HTML, and docs/tables.py the numbers.
+docs/explorer.json (made by docs/numbers.py) and in tiny/, its verdict in docs/evidence.md, its
+style in annotated.css, and its explorer in experiments/. Four scripts move it: annotated.js is for
+the whole page, and by_hand.js, reader.js and training.js are for one part each. docs/markup.py
+turns Markdown into HTML, and docs/tables.py the numbers.
 
 annotated.md is Markdown with LaTeX. Each heading ends in its {#anchor}. A heading of level 3 names
 a piece of orchmoe.py, a function, method or class. Below it, each block of code is the beginning of
@@ -47,6 +48,7 @@ TEXT = DOCS / "annotated.md"
 NUMBERS = DOCS / "explorer.json"
 PAGE = DOCS / "annotated.html"
 STILL = DOCS / "answers.png"
+SCRIPTS = ("annotated.js", "by_hand.js", "reader.js", "training.js")
 # What the explorer of the page and annotated.js read.
 EXPLORED = ("linears", "Zhat", "sums_to_one", "mean_w", "first", "words")
 TASK = ("name", "kind", "w", "head", "listed")
@@ -302,20 +304,26 @@ def page() -> str:
         "usage": f"<pre>{usage_lines}</pre>",
         "drawing": f"<figure>{(DOCS / 'architecture.svg').read_text(encoding='utf-8')}</figure>",
         "explorer": explorer.section(shown_by_script(explored)),
-        "verdict": markdown(tables.verdict(evidence), {}),
-        "against_lora": tables.against_lora(evidence),
+        "verdict": inline(tables.verdict(evidence)),
+        "headline": tables.headline(evidence),
+        "default_K": tables.default_K(evidence),
+        "training_adds": tables.training_adds(evidence),
     }
     sections = read_sections()
     contents = []
     for section in sections:
         link = f'<a href="#{section.anchor}">{inline(section.title)}</a>'
         contents.append(f'<p class="level{section.level}">{link}</p>')
-    script = (DOCS / "annotated.js").read_text(encoding="utf-8")
+    moved = {name: explored[name] for name in ("router", "training")} | numbers.reader()
+    moved["linear"] = explored["walk"]["linear"]
+    scripts = [explorer.json_script("moved-data", moved)]
+    for name in SCRIPTS:
+        scripts.append(f"<script>\n{(DOCS / name).read_text(encoding='utf-8')}</script>\n")
     return (
         f"{head()}<title>OrchMoE, annotated</title></head>\n<body class='page'>\n"
         '<nav id="contents" aria-label="Contents"><details open><summary>Contents</summary>'
         f"{''.join(contents)}</details></nav>\n<main>\n{sections_html(sections, source, values)}\n"
-        f"<footer>{footer(explored)}</footer></main>\n<script>\n{script}</script>\n</body></html>\n"
+        f"<footer>{footer(explored)}</footer></main>\n{''.join(scripts)}</body></html>\n"
     )
 
 

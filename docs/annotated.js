@@ -3,7 +3,7 @@
 
   // The contents are open beside a wide page. On a narrow one they close after a choice.
   const contents = document.querySelector("#contents details");
-  const wide = window.matchMedia("(min-width: 64rem)");
+  const wide = window.matchMedia("(min-width: 72rem)");
   const follow = () => (contents.open = wide.matches);
   wide.addEventListener("change", follow);
   follow();

@@ -54,8 +54,7 @@ def markdown(text: str, values: dict[str, str]) -> str:
     text = re.sub(
         r"<li><strong>(\w+)</strong>", r'<li class="graded"><span class="grade \1">\1</span>', text
     )
-    text = text.replace("<table>", '<div class="wide"><table>')
-    text = text.replace("</table>", "</table></div>")
+    text = re.sub(r"(?s)<table>.*?</table>", r'<div class="wide">\g<0></div>', text)
     return re.sub(r"<p>\{\{(\w+)\}\}</p>|\{\{(\w+)\}\}", value_of, text)
 
 

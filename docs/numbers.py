@@ -1,34 +1,52 @@
 """The numbers of docs/annotated.html, from one finished run: docs/explorer.json.
 
 `collect` adds to what the explorer shows of a run: the answers of its samples, what routing does
-for each task and in each Linear, w before training, and the walk, one sample from its prompt to its
-gradients. The walk computes each step as its equation says, and checks that the model computes the
-same. "hash" tells the adapter of the run from any other.
+for each task and in each Linear, the router, the training step by step, and the walk, one sample
+from its prompt to its gradients. The walk computes each step as its equation says, and checks that
+the model computes the same. "hash" tells the adapter of the run from any other.
+
+`collect` trains the run again, twice: as it was, and with a router that stays at its start. Each
+training stops for an evaluation ten times, and saves progress.pt, which is read from its folder.
 
 Letters: B batch, L source length, D input width, O output width, K abstract tasks, N adapted
 Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 """
 
+import base64
 import hashlib
 import math
+import re
+import tempfile
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+import checkpoint
 import data
 import eval as evaluation
+import tokenizer
 import train
+from baselines import attach_method
 from experiments.compare.study import router_report
 from experiments.explorer import explorer
 from experiments.explorer.explorer import Loaded, rounded, rows_by_task
+from orchmoe import Adapters
+from support import program, runtime
 
 LISTED = 12  # samples of each task whose w is listed
+STOPS = 10  # evaluations of a training that is shown step by step
+# The two trainings that are shown, with the settings that differ.
+TWINS = {"trained": {}, "frozen": {"lr_router": 0.0}}
+BASE = program.ROOT / "tiny"  # the base of the run that the page shows
 COMPARED = ("own", "mean", "uniform", "other", "off")  # settings whose loss is measured on all
 LINEAR = "decoder.blocks.2.cross_attention.v"  # the Linear that the walk looks into
 LINEARS = ("encoder.blocks.0.attention.q", "decoder.blocks.0.cross_attention.q", LINEAR)
@@ -51,37 +69,126 @@ def collect(run: str | Path) -> dict[str, Any]:
     explored["first"] = first_sample(explored)
     explored["without_one"] = without_one(loaded)
     explored["walk"] = walk(loaded, explored)
-    add_start(explored, loaded)
+    router = loaded.adapters.router
+    explored["router"] = {
+        name: rounded(getattr(router, name), 5) for name in ("W_task", "bias", "mu", "sd")
+    }
+    add_training(explored, loaded)
     return explored
 
 
-# --------------------------------------------------------------------------- w before training
+# ------------------------------------------------------------------- the router in the browser
 
 
-def add_start(explored: dict[str, Any], loaded: Loaded) -> None:
-    """Add "start_w" to each task: its mean w before training. Add "distance": how far w moved.
+@torch.no_grad()
+def reader() -> dict[str, Any]:
+    """Return what a page needs to tokenise and embed a text as the bundled base does.
 
-    The start depends only on the training sources and the seed, so it is made again here. The
-    router of `loaded` is the trained one again afterwards.
+    pieces: [text, score] of each piece, with a score of None for those that no text has.
+    embeddings: a table of as many rows, in half precision and base64.
     """
-    router = loaded.adapters.router
-    trained = {name: value.clone() for name, value in router.state_dict().items()}
-    router.bias.data.zero_()
-    settings = loaded.run.settings
-    train.fit_router(loaded.base, loaded.adapters, loaded.sets["train"], settings)
-    start = {}
-    for kind in ("seen", "unseen"):
-        start[kind] = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
-    router.load_state_dict(trained)
+    sp = tokenizer.load(BASE).sp
+    pieces = []
+    for i in range(sp.get_piece_size()):
+        is_text = not (sp.is_control(i) or sp.is_unknown(i))
+        # The shortest digits that give the same float32.
+        score = float(str(np.float32(sp.get_score(i)))) if is_text else None
+        pieces.append([sp.id_to_piece(i), score])
+    table = checkpoint.load(BASE).embed(torch.arange(len(pieces))[None])[0]
+    embeddings = base64.b64encode(table.half().numpy().tobytes()).decode()
+    return {"pieces": pieces, "unknown": sp.unk_id(), "eos": sp.eos_id(), "embeddings": embeddings}
 
-    explored["distance"] = {}
-    for kind, start_w in start.items():
-        w = evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
-        report = router_report(w, start_w)
-        explored["distance"][kind] = round(report["distance"], 6)
-        tasks = of_kind(explored, kind)
-        for task, rows in zip(tasks, rows_by_task(loaded.sets[kind]), strict=True):
-            task["start_w"] = rounded(start_w[rows].mean(dim=0))
+
+# -------------------------------------------------------------------------- training, step by step
+
+
+def add_training(explored: dict[str, Any], loaded: Loaded) -> None:
+    """Add "training": {twin: stops}. Add "distance": how far training moved w from its start.
+
+    The first stop is the start. The adapters of `loaded` are those of the run again afterwards.
+    """
+    adapters = loaded.adapters
+    best = {name: value.clone() for name, value in adapters.state_dict().items()}
+    w = {kind: weights(loaded, kind) for kind in ("seen", "unseen")}
+    start = start_of(loaded)
+    adapters.load_state_dict(start)
+    start_w = {kind: weights(loaded, kind) for kind in w}
+    explored["distance"] = {kind: distance(w[kind], start_w[kind]) for kind in w}
+    explored["training"] = {}
+    for twin, changes in TWINS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            states = {0: start} | train_again(loaded, Path(folder, twin), changes)
+        stops = []
+        for step, state in states.items():
+            adapters.load_state_dict(state)
+            stops.append({"step": step, **stop(loaded, start_w["seen"])})
+        explored["training"][twin] = stops
+    adapters.load_state_dict(best)
+
+
+def weights(loaded: Loaded, kind: str) -> Tensor:
+    """Return w (M,K) of the seen or the unseen samples."""
+    return evaluation.router_weights(loaded.base, loaded.adapters, loaded.sets[kind])
+
+
+def distance(w: Tensor, start_w: Tensor) -> float:
+    """Return the mean Kullback-Leibler divergence of w from its start, in nats."""
+    return round(router_report(w, start_w)["distance"], 4)
+
+
+def start_of(loaded: Loaded) -> dict[str, Tensor]:
+    """Return the state of the adapters before training. It depends on the sources and the seed."""
+    settings = loaded.run.settings
+    base = checkpoint.load(settings.model)
+    random = runtime.generator(settings.seed, 0)  # stream 0: initial values
+    adapters = attach_method(settings.method, base, settings, generator=random)
+    train.fit_router(base, adapters, loaded.sets["train"], settings)
+    return adapters.state_dict()
+
+
+def train_again(
+    loaded: Loaded, folder: Path, changes: dict[str, float]
+) -> dict[int, dict[str, Tensor]]:
+    """Train with these changes of the settings. Return {step: state of the adapters}."""
+    settings = loaded.run.settings
+    settings = replace(settings, eval_every=settings.steps // STOPS, **changes)
+    attached = []
+
+    def attach(*inputs: Any, **options: Any) -> Adapters:
+        attached.append(attach_method(*inputs, **options))
+        return attached[0]
+
+    states = {}
+
+    def copy_state(line: str) -> None:
+        """Copy the state of the adapters when train.py says that it has evaluated them."""
+        if match := re.match(r"step (\d+) of", line):
+            state = attached[0].state_dict()
+            states[int(match[1])] = {name: value.clone() for name, value in state.items()}
+
+    device = runtime.pick_device(device="cpu", dtype=settings.dtype)
+    launch = train.LaunchConfig(out=str(folder))
+    train.train(settings, device, launch, say=copy_state, attach_function=attach)
+    return states
+
+
+def stop(loaded: Loaded, start_w: Tensor) -> dict[str, Any]:
+    """Return what the page shows of the adapters as they are, over the seen samples.
+
+    w: of each task in per cent. Zhat: of LINEAR. start_w: (M,K) before training.
+    """
+    adapters, examples = loaded.adapters, loaded.sets["seen"]
+    w = weights(loaded, "seen")
+    of_tasks = torch.stack([w[rows].mean(dim=0) for rows in rows_by_task(examples)])  # (T,K)
+    n = list(adapters.linears).index(LINEAR)
+    rows = evaluation.measure(loaded.base, adapters, examples)
+    losses = evaluation.losses_by_task(examples, rows)
+    return {
+        "loss": round(fmean(loss for [loss] in losses.values()), 3),
+        "distance": distance(w, start_w),
+        "w": (100 * of_tasks).round().int().tolist(),
+        "Zhat": rounded(adapters.allocation_weights()[n], 2),
+    }
 
 
 # ------------------------------------------------------------------------- answers of all samples

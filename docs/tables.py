@@ -110,22 +110,6 @@ def tasks_html(explored: dict[str, Any]) -> str:
     return f'<div class="wide"><table class="tasks">{head}{"".join(bodies)}</table></div>'
 
 
-def training_html(explored: dict[str, Any]) -> str:
-    """Return the mean w of the task that training moved most, before and after training."""
-    task = most_moved(explored)
-    rows = [("before training", task["start_w"]), ("after training", task["w"])]
-    return f'<div class="chain">{heat_map("mean w", rows)}</div>'
-
-
-def most_moved(explored: dict[str, Any]) -> dict[str, Any]:
-    """Return the seen task whose mean w differs most from that before training."""
-
-    def change(task: dict[str, Any]) -> float:
-        return sum(abs(a - b) for a, b in zip(task["w"], task["start_w"], strict=True))
-
-    return max(of_kind(explored, "seen"), key=change)
-
-
 def chain_html(explored: dict[str, Any]) -> str:
     """Return w, one row of Zhat, and c of the first sample in one Linear."""
     w = explored["samples"][explored["first"]]["w"]
@@ -259,14 +243,15 @@ def values_of(explored: dict[str, Any]) -> dict[str, str]:
     values |= {
         "chain": chain_html(explored),
         "tasks": tasks_html(explored),
-        "training": training_html(explored),
         "extremes": extremes_html(explored),
         "losses": losses_html(explored),
         "linears": linears_html(explored),
     }
     N, K, S = len(explored["Zhat"]), len(explored["Zhat"][0]), len(explored["Zhat"][0][0])
     values |= {"N": str(N), "K": str(K), "S": str(S), "steps": str(explored["steps"])}
-    values["root_width"] = f"{math.sqrt(int(explored['walk']['width'])):.1f}"
+    width = int(explored["walk"]["width"])
+    values["root_width"] = f"{math.sqrt(width):.1f}"
+    values["per_task"] = str(width + 1 + N * S)
     for kind in ("seen", "unseen"):
         values[f"{kind}_tasks"] = str(len(of_kind(explored, kind)))
         values[f"{kind}_share"] = shares(explored, kind)
@@ -274,10 +259,13 @@ def values_of(explored: dict[str, Any]) -> dict[str, str]:
         values[f"{kind}_harm"] = count_gaps(explored, kind, -math.inf, -LITTLE)
         values[f"{kind}_distance"] = f"{explored['distance'][kind]:.3f}"
 
+    stops = explored["training"]
+    for twin in numbers.TWINS:
+        values[f"{twin}_loss"] = f"{stops[twin][-1]['loss']:.2f}"
+    values["start_loss"] = f"{stops['trained'][0]['loss']:.2f}"
+    pairs = zip(stops["trained"][0]["w"], stops["trained"][-1]["w"], strict=True)
+    values["same_largest"] = str(sum(largest(start) == largest(end) for start, end in pairs))
     seen = of_kind(explored, "seen")
-    same = [task for task in seen if largest(task["w"]) == largest(task["start_w"])]
-    values["same_largest"] = str(len(same))
-    values["most_moved"] = spoken(most_moved(explored)["name"])
     split = min(seen, key=lambda task: max(task["w"]))
     values["split"] = spoken(split["name"])
     by_weight = sorted(range(K), key=lambda k: -split["w"][k])
@@ -328,10 +316,20 @@ def verdict(text: str) -> str:
     return unbroken(of_lora(text).split("\n\n")[1])
 
 
-def against_lora(text: str) -> str:
-    """Return the table of docs/evidence.md of OrchMoE minus a LoRA, as HTML.
+def headline(text: str) -> str:
+    """Return the first table of docs/evidence.md without its columns of 15 examples, as HTML."""
+    rows = []
+    for line in re.search(r"(^\|.*\n)+", text, re.MULTILINE)[0].splitlines():
+        cells = line.strip("|").split("|")
+        rows.append("|".join(cells[:1] + cells[2:5]))
+    return stacked(markdown(unbroken("\n".join(rows)), {}), 3)
 
-    On a narrow page it has two columns.
-    """
-    lines = re.search(r"(^\|.*\n)+", of_lora(text), re.MULTILINE)[0]
-    return stacked(markdown(unbroken(lines), {}), 2)
+
+def default_K(text: str) -> str:
+    """Return the sentences of docs/evidence.md about K = 8, as HTML."""
+    return inline(unbroken(re.search(r"With K = 8, the default, [^*]+", of_lora(text))[0].strip()))
+
+
+def training_adds(text: str) -> str:
+    """Return what docs/evidence.md says of a trained router minus a frozen one, in nats."""
+    return unbroken(re.search(r"with a frozen router \| 16 draws \| ([^|]+) \|", text)[1])

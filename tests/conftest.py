@@ -237,3 +237,34 @@ def repository(tmp_path):
         (folder / "tasks" / name).write_bytes(b"\xff not a task")
     write_lists(folder, ["task3_c", "task1_a", "task2_b"], ["task9_t"])
     return folder
+
+
+# ------------------------------------------------------------------------------------- the browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+FLAGS += " --disable-background-networking --disable-component-update"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Return a browser that selenium drives."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("chromium and chromedriver (Debian: chromium-driver) are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def annotated(browser):
+    """Return the browser with the annotated page, which must not write to the console."""
+    browser.get((ROOT / "docs/annotated.html").as_uri())
+    yield browser
+    assert not browser.get_log("browser")

@@ -255,14 +255,18 @@ def read(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
+def json_script(name: str, values: dict[str, Any]) -> str:
+    """Return a script element that holds values as JSON."""
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    # No text of a value may end the element, or begin a comment in it.
+    text = text.replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>\n'
+
+
 def section(explored: dict[str, Any]) -> str:
     """Return the explorer as HTML: markup, numbers and script. Its style is explorer.css."""
-    numbers = json.dumps(explored, ensure_ascii=False, separators=(",", ":"))
-    # No text of a sample may end the script element, or begin a comment in it.
-    numbers = numbers.replace("<", "\\u003c")
     return (
-        f"{read('explorer.html')}"
-        f'<script type="application/json" id="explorer-data">{numbers}</script>\n'
+        f"{read('explorer.html')}{json_script('explorer-data', explored)}"
         f"<script>\n{read('explorer.js')}</script>\n"
     )
 

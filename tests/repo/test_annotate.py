@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 import data
 from docs import numbers
@@ -37,7 +38,7 @@ def test_page_is_up_to_date():
 
 def test_page_is_small_and_makes_no_request():
     assert not re.findall(r" src=|<link|@import|url\((?!#)", PAGE)
-    assert len(PAGE.encode()) < 400_000
+    assert len(PAGE.encode()) < 1_200_000
 
 
 def test_every_line_is_on_the_page_once_in_the_order_of_the_file():
@@ -85,6 +86,18 @@ def test_what_the_texts_claim_about_the_run_holds():
     assert len(sharp) > len(TASKS) / 2
     assert "Most tasks have one or two large weights." in text
 
+    start, *_, end = EXPLORED["training"]["trained"]
+    start_w, end_w = (torch.tensor(stop["w"]) for stop in (start, end))  # (T,K), in per cent
+    seen = [task["name"] for task in TASKS if task["kind"] == "seen"]
+    lists = [i for i, name in enumerate(seen) if 101 <= int(name[4:7]) <= 110]
+    assert len(lists) == 10 and start_w[lists, 2].min() > 75
+    assert start_w[:, 0].max() < 10 and end_w[lists, 0].float().mean() > 25
+    assert (start_w.argmax(dim=1) == end_w.argmax(dim=1)).float().mean() > 0.7
+    changes = torch.tensor(end["Zhat"]) - torch.tensor(start["Zhat"])
+    assert changes.abs().max() < 0.1
+    assert "moves a part of their weight to abstract task 1, which was nearly empty." in text
+    assert "no entry in this Linear changes by more than 0.1." in text
+
     first = EXPLORED["samples"][EXPLORED["first"]]["w"]
     assert max(first) > 0.5 and sorted(first)[-2] < 0.2
     assert "and little on the others." in text
@@ -114,6 +127,7 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
     """Each step of the walk is compared with the model while it is made."""
     monkeypatch.setattr(DataConfig, "max_new_tokens", 2)
     monkeypatch.setattr(numbers, "COMPARED", ("own",))
+    monkeypatch.setattr(numbers, "STOPS", 2)
     load_sets = data.load_sets
 
     def few(*arguments, **options):
@@ -128,6 +142,11 @@ def test_numbers_are_made_from_a_run(finished, monkeypatch):
     assert found["hash"] != EXPLORED["hash"]
     # A run of eight steps is near its start, if this is the right start, and not at it.
     assert 0 < found["distance"]["seen"] < 0.01
+    for stops in found["training"].values():
+        assert [stop["step"] for stop in stops] == [0, 4, 8]
+        assert stops[0]["w"] == found["training"]["trained"][0]["w"]
+    trained, frozen = (found["training"][twin][-1] for twin in numbers.TWINS)
+    assert trained["distance"] == found["distance"]["seen"] > frozen["distance"] == 0
     assert found["walk"].keys() == EXPLORED["walk"].keys()
     assert found["tasks"][0].keys() < TASKS[0].keys()
     assert len(found["without_one"]["rise"]) == len(found["linears"])

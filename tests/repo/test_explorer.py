@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import eval as evaluation
+from browsing import click, enter, set_window, text
 from experiments.explorer import explorer
 from helpers import (
     ROOT,
@@ -30,51 +30,7 @@ from support.program import UserError
 from tasks import DataConfig
 
 PROGRAM = "experiments/explorer/explorer.py"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PAGE = ROOT / "docs/annotated.html"
 NUMBERS = ROOT / "docs/explorer.json"
-DRIVER = shutil.which("chromedriver")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
-FLAGS += " --disable-background-networking --disable-component-update"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Return a browser that selenium drives."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("chromium and chromedriver (Debian: chromium-driver) are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture
-def annotated(browser):
-    browser.get(PAGE.as_uri())
-    yield browser
-    assert not browser.get_log("browser")
-
-
-def click(browser, selector):
-    browser.execute_script("document.querySelector(arguments[0]).click()", selector)
-
-
-def text(browser, selector):
-    return browser.find_element("css selector", selector).text
-
-
-def enter(browser, name, value):
-    """Give a slider, a list or a field this value, as a hand does."""
-    script = """const part = document.getElementById(arguments[0]);
-        part.value = arguments[1];
-        part.dispatchEvent(new Event("input"));
-        part.dispatchEvent(new Event("change"));"""
-    browser.execute_script(script, name, value)
 
 
 def skills(browser):
@@ -83,27 +39,6 @@ def skills(browser):
         "return [...document.querySelectorAll('#all-skill-rows td')].map(c => +c.textContent)"
     )
     return torch.tensor(cells)
-
-
-def set_window(browser, width):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-
-# The parts that reach beyond the window, or that are cut inside a box that scrolls sideways.
-CUT_PARTS = """
-document.querySelectorAll("details").forEach((part) => (part.open = true));
-const cut = [];
-document.querySelectorAll("main *:not(svg *, math *, .weight label *)").forEach((part) => {
-  const sideways = getComputedStyle(part).overflowX !== "visible";
-  const isEllipsis = getComputedStyle(part).textOverflow === "ellipsis";
-  const box = part.getBoundingClientRect();
-  const isCut = sideways && !isEllipsis && part.scrollWidth > part.clientWidth + 1;
-  if (box.right > innerWidth + 1 || isCut)
-    cut.push(part.tagName + "." + part.className + ": " + part.textContent.slice(0, 40));
-});
-return cut;
-"""
 
 
 # ------------------------------------------------------------------------------- the annotated page
@@ -144,16 +79,9 @@ def test_every_row_of_the_annotated_page_has_an_answer_and_nothing_else_is_offer
         pressed = f'[data-row="{name}"][aria-pressed="true"]'
         assert annotated.find_elements("css selector", pressed), name
         assert len(annotated.find_elements("css selector", "#answer-rows .current td")) == 3
-    assert not annotated.find_elements("css selector", "input")
+    assert not annotated.find_elements("css selector", "#explorer input")
     for hidden in ("ask", "keep", "reference", "back"):
         assert not annotated.find_element("id", hidden).is_displayed(), hidden
-
-
-def test_nothing_of_the_annotated_page_is_cut(annotated):
-    for width in (390, 768, 1280, 1920):
-        set_window(annotated, width)
-        assert annotated.execute_script(CUT_PARTS) == [], width
-    set_window(annotated, 1280)
 
 
 # --------------------------------------------------------------------------------- the served page
