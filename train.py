@@ -122,6 +122,13 @@ def held_out_sets(sets: dict[str, Examples], limit: int) -> dict[str, list[Examp
     return {new: data.subsample(sets[old], limit) for new, old in names.items() if old in sets}
 
 
+def require_sets_fit(base: Backbone, sets: dict[str, Examples], max_new_tokens: int) -> None:
+    """Raise UserError if a row is too long for the base, before training meets it."""
+    for name, examples in sets.items():
+        # The training rows need no room for an answer.
+        evaluation.require_fit(base, examples, 0 if name == "train" else max_new_tokens)
+
+
 def facts_of(model: Model, settings: Settings, sets: dict[str, Examples]) -> dict[str, Any]:
     """Return the facts of a Run: what its numbers depend on, apart from the settings."""
     return {
@@ -328,10 +335,7 @@ def train(
     settings = replace(with_steps(settings, train_set), dtype=runtime.dtype_name(device.dtype))
     model = build(settings, device, len(train_set.tasks), attach_function, launch.shard)
     base, adapters, _ = model
-    for name, examples in sets.items():
-        # The training rows need no room for an answer.
-        answer_tokens = 0 if name == "train" else settings.max_new_tokens
-        evaluation.require_fit(base, examples, answer_tokens)
+    require_sets_fit(base, sets, settings.max_new_tokens)
     if settings.compile == "on":
         base.compile_blocks()
     optimizer = make_optimizer(adapters, settings)

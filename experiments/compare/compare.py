@@ -208,7 +208,7 @@ def print_plan(
     jobs = share_cores(study.config.jobs, study.device)
     name = next(iter(rows))  # the first row, in which nothing replaces the router
     of_row = study.settings_of(name, rows[name], {})
-    step = seconds_of_a_step(of_row, study.device, sets["train"])
+    step = seconds_of_a_step(of_row, study.device, sets)
     gc.collect()  # frees the base: it and its adapters refer to each other
     of_a_run = seconds_of_a_run(step, settings, held_out)
     in_all = study.progress.rounds(jobs) * of_a_run
@@ -220,10 +220,15 @@ def print_plan(
 
 
 def seconds_of_a_step(
-    settings: train.Settings, device: runtime.Device, train_set: data.Examples
+    settings: train.Settings, device: runtime.Device, sets: dict[str, data.Examples]
 ) -> float:
-    """Return the seconds that a training step takes, from the first steps."""
+    """Return the seconds that a training step takes, from the first steps.
+
+    Raise UserError if a row is too long for the base, before any run meets it.
+    """
+    train_set = sets["train"]
     base, adapters, _ = run_folder.build(settings, device, len(train_set.tasks))
+    train.require_sets_fit(base, sets, settings.max_new_tokens)
     optimizer = train.make_optimizer(adapters, settings)
     for group in optimizer.param_groups:
         group["max_lr"] = 0.0  # so that these steps cannot diverge, whatever the rates are

@@ -87,13 +87,17 @@ def change_method(home, _other):
 
 CHANGES = {  # what is changed, which doors must not open then, and what they say
     "nothing": (None, (), "."),
-    "base": (change_base, DOORS, "base is .* began with|not the base"),
-    "tokenizer": (change_tokenizer, DOORS, "tokenizer is .* with|the tokenizer in base is another"),
-    "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks is .* began with"),
+    "base": (change_base, DOORS, "base is .* the run has|not the base"),
+    "tokenizer": (
+        change_tokenizer,
+        DOORS,
+        "tokenizer is .* the run has|the tokenizer in base is another",
+    ),
+    "data": (change_data, ("train", "eval", "explorer", "mean"), "train_tasks is .* the run has"),
     "method": (
         change_method,
         ("train", "start", "eval", "ask", "explorer", "export", "mean"),
-        "method is .* began with|belongs to another run|--method moe-lora",
+        "(method|method_class) is .* the run has|--method moe-lora",
     ),
 }
 
