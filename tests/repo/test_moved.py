@@ -235,7 +235,7 @@ TEXTS = [
 
 
 def test_page_and_python_read_the_same_tokens_and_w(annotated, tiny_words):
-    router = TaskRouter(len(EXPLORED["router"]["mu"]), OrchMoEConfig())
+    router = TaskRouter(len(EXPLORED["router"]["mu"]), OrchMoEConfig().abstract_tasks)
     values = {name: torch.tensor(value) for name, value in EXPLORED["router"].items()}
     router.load_state_dict(values)
     base = checkpoint.load(ROOT / "tiny")
