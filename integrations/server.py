@@ -1,10 +1,9 @@
 """Answer OpenAI's API over HTTP with the LoRAs that integrations/export.py has written.
 
 It has /v1/completions, /v1/chat/completions and /v1/models. The router gives each prompt its own w,
-the weights of the LoRAs, which the answer shows. Prompts that arrive while others are answered
-wait, and are then answered as one batch. With --server the answers come from a llama-server of
-llama.cpp, which has all LoRAs, in the order of router.json, and gets w in each request. Decoding is
-greedy. Ctrl-C finishes what runs. There is no password. It needs starlette and uvicorn.
+the weights of the LoRAs, which the answer shows. Prompts that wait are answered as one batch. With
+--server a llama-server of llama.cpp answers, which must have all LoRAs in the order of router.json.
+Decoding is greedy. There is no password. It needs starlette and uvicorn.
 
     python -m integrations.server --served served --base smollm2 --port 8000
     curl http://127.0.0.1:8000/v1/completions -d '{"model": "served", "prompt": "Hot is not"}'
@@ -18,7 +17,9 @@ import os
 import socket
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,6 @@ class RequestError(Exception):
     """What is wrong with a request, in OpenAI's form."""
 
     def __init__(self, message, param=None, code=None, status=400):
-        super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.status = status
@@ -82,13 +82,14 @@ class LlamaServer:
     def __init__(self, router, url):
         self.router = router
         self.url = url
+        self.threads = ThreadPoolExecutor(LARGEST_BATCH)  # each waits for one answer
 
     async def answer(self, ids, max_tokens):
         """Return the Answer to a prompt, given its ids. Raise RequestError without one."""
         ids = torch.tensor(ids)
-        w = self.router(ids)
+        ask = partial(serve.ask_llama_server, self.url, ids, self.router(ids), max_tokens)
         try:
-            return await asyncio.to_thread(serve.ask_llama_server, self.url, ids, w, max_tokens)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, ask)
         except program.UserError as error:
             raise RequestError(str(error), status=502) from error
 

@@ -401,6 +401,8 @@ class LlamaCpp(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, request))
+        if self.server.all_are_here is not None:
+            self.server.all_are_here.wait(60)
         scales = [lora["scale"] for lora in request["lora"]]
         values = {"content": f"{scales.index(max(scales))}", "stop_type": "eos"}
         values |= {"tokens_predicted": 1, "tokens_evaluated": len(request["prompt"])}
@@ -421,6 +423,7 @@ class LlamaCpp(BaseHTTPRequestHandler):
 def llama_cpp():
     with ThreadingHTTPServer(("127.0.0.1", 0), LlamaCpp) as stand_in:
         stand_in.requests = []
+        stand_in.all_are_here = None
         stand_in.url = f"http://127.0.0.1:{stand_in.server_port}/"
         thread = threading.Thread(target=stand_in.serve_forever)
         thread.start()
@@ -430,6 +433,7 @@ def llama_cpp():
 
 
 def test_requests_are_passed_on_to_llama_cpp_with_their_own_weights(home, llama_cpp):
+    llama_cpp.all_are_here = threading.Barrier(30)  # none is held back
     with serving(home, llama_cpp.url) as served, ThreadPoolExecutor(30) as pool:
         replies = list(pool.map(lambda text: served.chat(("user", text)), QUESTIONS))
         texts = serve.load_tokenizer(served.router, home / "base")
