@@ -335,11 +335,17 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
     commands = [ask]
     can_export = settings.router == "sample" and settings.mixing == "outputs"
     if settings.method == "lora" or (settings.method == "orchmoe" and can_export):
-        commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
+        out = f"served-{settings.method}"
+        commands.append(["python", "-m", "integrations.export", *run, "--out", out])
 
     program.print_line(f"the best run of {best.name} on dev, to use it:")
     for command in commands:
         program.print_line(f"  {shlex.join(command)}")
+    if "--prompt" in ask:
+        program.print_line(
+            f"a whole prompt is written as in {settings.data}: all that stands before the answer, "
+            "with its last space or line break"
+        )
 
 
 def compare_ablations(study: Study, names: Sequence[str]) -> None:
