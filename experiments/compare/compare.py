@@ -184,9 +184,9 @@ def print_plan(
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
-    epochs = settings.steps * settings.batch_size / len(sets["train"])
+    study.epochs = settings.steps * settings.batch_size / len(sets["train"])
     program.print_line(
-        f"{settings.steps} steps of {settings.batch_size} rows are {epochs:.1f} epochs"
+        f"{settings.steps} steps of {settings.batch_size} rows are {study.epochs:.1f} epochs"
     )
 
     seeds, trials = study.config.seeds, study.config.trials
@@ -303,6 +303,11 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
 
     first, *others = rows
     parts = [tables]
+    if study.epochs < 1:  # more training may change a difference, and more seeds do not
+        parts.append(
+            f"The training was short: each run read {100 * study.epochs:.0f} % of the training "
+            "rows. Before more seeds, try --epochs 1."
+        )
     winners = []  # in the order of the verdicts
     for other in others:
         text, chosen = verdicts(first, results[first], other, results[other])

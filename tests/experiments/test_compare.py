@@ -199,6 +199,8 @@ def test_each_method_gets_its_best_trial_and_another_seed(small):
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
     assert "\n\nc-poly: told the task of each seen row." in text
+    short = "The training was short: each run read 17 % of the training rows."
+    assert short in text[: text.index("Verdict by the loss")]
     of_skills = r"lr_skills \S+, alpha \S+"
     for name in ("orchmoe", "lora", "c-poly"):
         # Equal effort, over the rates and the scale that the method has.
