@@ -305,8 +305,10 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
     w = router_weights(base, adapters, [example])
     if w is not None:
         order = w[0].argsort(descending=True).tolist()
-        weights = ", ".join(f"{k + 1} at {w[0, k]:.3f}" for k in order)
-        program.print_line(f"router: abstract task {weights} (numbered from 1)")
+        # Without a softmax a weight may be negative.
+        weights = [f"{k + 1} at {w[0, k]:.3f}" for k in order if abs(w[0, k]) >= 0.01]
+        weights = ", ".join(weights) or "none"
+        program.print_line(f"router: abstract task {weights} (numbered from 1; others below 0.01)")
 
 
 def rows_of_split(

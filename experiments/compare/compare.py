@@ -175,9 +175,9 @@ def print_plan(
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
-    epochs = settings.steps * settings.batch_size / len(sets["train"])
+    study.epochs = settings.steps * settings.batch_size / len(sets["train"])
     program.print_line(
-        f"{settings.steps} steps of {settings.batch_size} rows are {epochs:.1f} epochs"
+        f"{settings.steps} steps of {settings.batch_size} rows are {study.epochs:.1f} epochs"
     )
 
     seeds, trials = study.config.seeds, study.config.trials
@@ -299,6 +299,11 @@ def compare(study: Study, rows: dict[str, Variant]) -> None:
 
     first, *others = rows
     parts = [tables]
+    if study.epochs < 1:  # more training may change a difference, and more seeds do not
+        parts.append(
+            f"The training was short: each run read {100 * study.epochs:.0f} % of the training "
+            "rows. Before more seeds, try --epochs 1."
+        )
     winners = []  # in the order of the verdicts
     for other in others:
         text, chosen = verdicts(first, results[first], other, results[other])
@@ -330,11 +335,17 @@ def print_next_commands(cells: Sequence[Cell]) -> None:
         ask += ["--prompt", "YOUR WHOLE PROMPT"]
     commands = [ask]
     if settings.method in ("orchmoe", "lora"):
-        commands.append(["python", "-m", "integrations.export", *run, "--out", "served"])
+        out = f"served-{settings.method}"
+        commands.append(["python", "-m", "integrations.export", *run, "--out", out])
 
     program.print_line(f"the best run of {best.name} on dev, to use it:")
     for command in commands:
         program.print_line(f"  {shlex.join(command)}")
+    if "--prompt" in ask:
+        program.print_line(
+            f"a whole prompt is written as in {settings.data}: all that stands before the answer, "
+            "with its last space or line break"
+        )
 
 
 def compare_ablations(study: Study, names: Sequence[str]) -> None:

@@ -819,6 +819,7 @@ class Study:
         self.results = Path(config.results or config.out)
         self.best: dict[str, dict[str, float]] = {}  # tuned values of each row
         self.progress = StudyProgress()
+        self.epochs = 0.0  # of a run; known when the data are read
 
     def settings_of(self, name: str, row: Variant, values: dict[str, Any]) -> train.Settings:
         """Return the settings of a row, with its extra rank and its tuned values.

@@ -190,6 +190,8 @@ def test_each_method_gets_its_best_trial_and_another_seed(small):
     assert len(cells) == 4  # the frozen base, three methods
     text = (small / "results.md").read_text()
     assert "\n\nc-poly: told the task of each seen row." in text
+    short = "The training was short: each run read 17 % of the training rows."
+    assert short in text[: text.index("Verdict by the loss")]
     of_skills = r"lr_skills \S+, alpha \S+"
     for name in ("orchmoe", "lora", "c-poly"):
         # Equal effort, over the rates and the scale that the method has.
@@ -743,6 +745,21 @@ def test_the_commands_are_those_of_the_best_run_and_export_what_can_be_exported(
     assert first == "the best run of b on dev, to use it:"
     assert eval_command.startswith(f"  python eval.py --run {tmp_path / 'b'} --ask ")
     assert bool(export) == is_exported
+    if is_exported:  # in a folder that no other method takes
+        assert export[0].endswith("/b --out served-orchmoe")
+
+
+def test_after_a_comparison_of_whole_prompts_it_says_how_to_write_one(
+    tmp_path, monkeypatch, capsys
+):
+    cell = cell_of(tmp_path, "a", settings=train.Settings(data="own.jsonl"))
+    program.write_json(cell.path, {"dev_loss": 1.0})
+    facts = SimpleNamespace(facts={"instructions": False})
+    monkeypatch.setattr(run_folder, "read_run", lambda folder: facts)
+    compare.print_next_commands([cell])
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].endswith(" --prompt 'YOUR WHOLE PROMPT'")
+    assert said[-1].startswith("a whole prompt is written as in own.jsonl: all that stands before")
 
 
 REFUSED = {

@@ -126,6 +126,7 @@ def test_a_comparison_of_rows_with_tasks(decoder):
     files = "--data own.jsonl --test new.jsonl --model llama"
     out = run(f"{COMPARE} --epochs 1 --train-instances 5 {files}", cwd=decoder)
     assert "\n4 steps of 4 rows are 1.1 epochs\n" in out
+    assert "The training was short" not in out
     cells = [read_cells(decoder, name) for name in ("orchmoe", "lora")]
     lines = dict(re.findall(r"- (seen|unseen): (.*): \*\*", out))
     for which in ("seen", "unseen"):

@@ -305,10 +305,12 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
     with torch.no_grad(), adapters.routed(base.embed(ids)) as routing:
         tokens = base.generate(ids, torch.ones_like(ids))[0]
     w = routing.w[0]
-    weights = [f"{k + 1} at {w[k]:.3f}" for k in w.argsort(descending=True).tolist()]
+    order = [k for k in w.argsort(descending=True).tolist() if w[k] >= 0.01]
+    assert len(order) < len(w)
+    weights = [f"{k + 1} at {w[k]:.3f}" for k in order]
     expected = [
         f"answer: {tokenizer.decode(tokens)}",
-        f"router: abstract task {', '.join(weights)} (numbered from 1)",
+        f"router: abstract task {', '.join(weights)} (numbered from 1; others below 0.01)",
     ]
     question = "--ask 'Write the first word of the list.' --input 'lion, June, wolf'"
     ask = f"eval.py --device cpu {question}"
@@ -322,13 +324,15 @@ def test_ask_prints_the_answer_and_the_weights_of_the_router(finished):
 
 def test_an_empty_answer_is_said(tiny_words, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "predict", lambda *_inputs, **_options: [""])
-    monkeypatch.setattr(evaluation, "router_weights", lambda *_: torch.tensor([[-0.25, 1.5]]))
+    monkeypatch.setattr(
+        evaluation, "router_weights", lambda *_: torch.tensor([[-0.25, 1.5, 0.009]])
+    )
     config = evaluation.EvalConfig(model="tiny", ask="Write a word.", input="lion")
     model = run_folder.Model(None, None, tiny_words)
     evaluation.answer(model, config, DataConfig(), run=None)
     assert capsys.readouterr().out.splitlines() == [
         "answer: (empty)",
-        "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1)",
+        "router: abstract task 2 at 1.500, 1 at -0.250 (numbered from 1; others below 0.01)",
     ]
 
 
