@@ -282,6 +282,12 @@ class EvalConfig:
         for name in ("ask", "input", "prompt"):
             require_text(program.flag(name), getattr(self, name))
 
+    @property
+    def results(self) -> tuple[Path, Path]:
+        """Return the paths of the predictions and of the scores."""
+        folder = Path(self.out or Path(self.run, f"eval-{self.split}"))
+        return folder / "predictions.jsonl", folder / "scores.json"
+
 
 def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run | None) -> None:
     """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
@@ -341,10 +347,10 @@ def score_split(
     model: Model, config: EvalConfig, data_config: DataConfig, examples: Sequence[Example]
 ) -> None:
     """Score the examples, write predictions.jsonl and scores.json, and print the means."""
-    out = Path(config.out or Path(config.run, f"eval-{config.split}"))
-    paths = [out / "predictions.jsonl", out / "scores.json"]
+    predictions_path, scores_path = config.results
+    out = scores_path.parent
     with program.locked_folder(out, "wait, or choose another --out"):
-        program.require_new(paths, "choose another --out")
+        program.require_new(config.results, "choose another --out")
         program.print_line(f"scoring {len(examples)} rows")
         predictions, scores = score_rows(
             model,
@@ -354,12 +360,12 @@ def score_split(
             max_new_tokens=config.max_new_tokens or data_config.max_new_tokens,
         )
         if program.rank() == 0:
-            with program.atomic_write(paths[0]) as file:
+            with program.atomic_write(predictions_path) as file:
                 for example, prediction in zip(examples, predictions, strict=True):
                     row = {"id": example.id, "task": example.task, "prediction": prediction}
                     file.write(program.to_json(row, ensure_ascii=False))
         settings = asdict(config) | asdict(data_config)
-        program.write_json(paths[1], {**scores, "config": settings})
+        program.write_json(scores_path, {**scores, "config": settings})
 
     overall = ", ".join(f"{name} {value:.4f}" for name, value in scores["overall"].items())
     program.print_line(f"{len(examples)} {config.split} instances: {overall}; written to {out}")
@@ -386,6 +392,10 @@ def main() -> None:
         unread["input"] = "without --ask"
     if not config.run:
         unread["method"] = "without --run"
+    if config.ask or config.prompt:
+        unread |= dict.fromkeys(("split", "limit", "out", "batch_size"), "with a question")
+    else:
+        program.require_new(config.results, "choose another --out")
     program.refuse_unread(flags, unread)
 
     # Where to compute. In another dtype the scores could differ from those of train.py.

@@ -78,7 +78,7 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
     """All settings of a run. Each field is a flag, and a key of config.json."""
 
     def __post_init__(self) -> None:
-        # Each part checks its own fields. Python calls only the first __post_init__.
+        # Python calls only the first parent's __post_init__. Making each part runs its checks.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
             self.part(part)
 
@@ -88,7 +88,8 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
 
 
 PATHS = {"model", "data", "test"}  # a resumed run may find the same files elsewhere
-# No number depends on these: the facts identify the files, and a machine may have no compiler.
+# A run may be resumed with other values of these. The facts identify the files, progress.pt has the
+# weights that came from --start, and another machine may have no compiler.
 NOT_BOUND = {*PATHS, "start", "compile"}
 RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("lr_")}
 
@@ -148,13 +149,18 @@ class Run:
 
     def require_same(self, **found: Any) -> None:
         """Raise UserError if a part of the identity differs from what is found now."""
+        self._compare(
+            found, self.path, "restore it (if it moved, give its flag), or start a new run"
+        )
+
+    def _compare(self, found: dict[str, Any], path: Path, remedy: str) -> None:
+        """Raise UserError if a value that was found at `path` is not that of the run."""
         identity = self.identity
         for name, value in found.items():
             if value != identity.get(name):
-                saved = identity.get(name)
                 raise UserError(
-                    f"{self.path}: {name} is {value!r:.60}, but the run has {saved!r:.60}; restore "
-                    "it (if it moved, give its flag), or start a new run"
+                    f"{path}: {name} is {value!r:.60}, but the run has "
+                    f"{identity.get(name)!r:.60}; {remedy}"
                 )
 
     # ----------------------------------------------------------------------- while the run trains
@@ -216,7 +222,9 @@ class Run:
         if path.exists():
             state = checkpoint.read_torch(path)
             with program.reading(path, TRAIN_AGAIN):
-                self.require_same(**state["run"])
+                identity = dict(state["run"])
+            self._compare(identity, path, TRAIN_AGAIN)
+            with program.reading(path, TRAIN_AGAIN):
                 adapters.load_state_dict(state["adapters"])
                 optimizer.load_state_dict(state["optimizer"])
                 progress = Progress(**state["progress"])
@@ -228,7 +236,8 @@ class Run:
             )
         if program.rank() == 0:
             with open(self.path / "metrics.jsonl", "ab") as file:
-                file.truncate(min(log_size, file.tell()))  # later steps are run again
+                # Later steps are run again. The log may be shorter, if it was lost.
+                file.truncate(min(log_size, file.tell()))
         return progress
 
     # -------------------------------------------------------------------------------- its results
@@ -251,7 +260,8 @@ class Run:
         program.require_path(path, "restore it, or resume the run if it was never evaluated")
         state, metadata = checkpoint.read_safetensors(path)
         with program.reading(path, TRAIN_AGAIN):
-            self.require_same(**json.loads(metadata["run"]))
+            identity = dict(json.loads(metadata["run"]))
+        self._compare(identity, path, TRAIN_AGAIN)
         return state
 
 
@@ -363,7 +373,8 @@ def load(
     UserError if the base, tokenizer, method or adapter is not the one of the run.
     """
     if not run_dir:
-        return build(Settings(model=str(model)), device, 0, attach_nothing, shard)
+        settings = Settings(model=str(model))
+        return build(settings, device, 0, attach_function=attach_nothing, shard=shard)
 
     run = read_run(run_dir)
     best = run.read_best()  # a damaged file must fail before adapters take memory

@@ -32,7 +32,6 @@ from baselines import (
     attach_method,
     count_parameters,
     load_method,
-    method_class,
 )
 from data import Batch, Example, Examples
 from model import Backbone
@@ -162,19 +161,10 @@ def load_start(run: Run, adapters: Adapters) -> None:
     """Load the adapters of the run in --start. Raise UserError if they do not fit this run."""
     start = read_run(run.settings.start)
     names = ["base", "tokenizer", "method_class", "extra_rank", *vars(OrchMoEConfig())]
-    if not issubclass(method_class(run.settings.method), (OrchMoE, LoRA, MoELoRA)):
+    if not isinstance(adapters, OrchMoE | LoRA | MoELoRA):
         names.append("tasks")  # the method may have weights for each task
     start.require_same(**{name: run.identity[name] for name in names})
     adapters.load_state_dict(start.read_best())
-
-
-def give_initial_values(run: Run, model: Model, train_set: Examples) -> None:
-    """Load the adapters of the run in --start, or fit the router to training examples."""
-    base, adapters, _ = model
-    if run.settings.start:
-        load_start(run, adapters)
-    elif adapters.router is not None:
-        fit_router(base, adapters, train_set, run.settings)
 
 
 # ----------------------------------------------------------------------------------- one step
@@ -206,7 +196,7 @@ def learning_rate_factor(step: int, settings: TrainConfig) -> float:
     rise = min(1.0, (step + 1) / max(1, warmup))
     if settings.schedule == "constant":
         return rise
-    fall = (steps - step) / max(1, steps - warmup)
+    fall = (steps - step) / (steps - warmup)
     return min(rise, fall)
 
 
@@ -342,8 +332,11 @@ def train(
     run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
     # A saved state has the weights, so that the run in --start may be gone.
     if not (launch.out and (run.path / "progress.pt").exists()):
-        give_initial_values(run, model, train_set)
-    if not launch.out:
+        if settings.start:
+            load_start(run, adapters)
+        elif adapters.router is not None:
+            fit_router(base, adapters, train_set, settings)
+    if not launch.out:  # only now, so that a run that cannot begin leaves no empty folder
         run.path = new_folder(f"runs/{settings.method}")
 
     with run.open(), program.stop_signals(say) as stop_requested:
@@ -352,7 +345,7 @@ def train(
         runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
         if progress is None:
             progress = Progress()
-            if any(skills.B.any() for skills in adapters.skills.values()):
+            if settings.start:
                 say(evaluate(run, model, progress, dev, step=-1))
                 run.save_progress(progress, adapters, optimizer)
         size = sum(count_parameters(adapters).values())
@@ -407,7 +400,6 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
 
     all_scores = {}
     for name, run_dir in run_dirs.items():
-        gc.collect()  # frees the base before: it and its adapters refer to each other
         model = load(device, run_dir=run_dir, model=settings.model, shard=shard)
         all_scores[name] = {}
         for which, examples in held_out.items():
@@ -419,6 +411,8 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
                 batch_size=settings.eval_batch_size,
                 max_new_tokens=settings.max_new_tokens,
             )
+        del model  # its base and its adapters refer to each other, so that only gc frees them
+        gc.collect()
     program.write_json(run.path / "scores.json", all_scores)
     return all_scores
 
