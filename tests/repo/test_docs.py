@@ -42,6 +42,28 @@ def test_equations_of_the_readme_link_to_their_lines():
     assert [int(number) for number in re.findall(r"\(orchmoe\.py#L(\d+)\)", readme)] == expected
 
 
+def lines_of(name):
+    """Return the number of lines of a file, or of all files of a folder."""
+    path = ROOT / name
+    paths = path.glob("*.py") if path.is_dir() else [path]
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_the_readme_says_how_long_each_file_is():
+    """If this fails, give the table the numbers that are expected."""
+    readme = text_of("README.md")
+    rows = re.findall(r"^\| (\[.*?\)) \| ([\d,]+) \|", readme, re.MULTILINE)
+    assert len(rows) == 8
+    listed = 0
+    for files, number in rows:
+        count = sum(lines_of(name) for name in re.findall(r"\]\((.*?)\)", files))
+        assert number == f"{count:,}", files
+        listed += count
+    # The promise speaks of what train.py needs, so not of the example.
+    promised = f"{listed - lines_of('examples/minimal.py'):,} lines of plain PyTorch"
+    assert promised in " ".join(readme.split())
+
+
 # ---------------------------------------------------------------------------------- table of memory
 
 
