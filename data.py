@@ -303,11 +303,6 @@ class Batch(NamedTuple):
     attention_mask: Tensor  # (B,L) bool
     labels: Tensor  # (B,Lt) int64, -100 at padding
     task_ids: Tensor  # (B,) int64, task_index of each Example
-    examples: list[Example]  # `labels` has the first target of each
-
-    @property
-    def ids(self) -> list[str]:
-        return [example.id for example in self.examples]
 
     @property
     def target_tokens(self) -> int:
@@ -315,31 +310,21 @@ class Batch(NamedTuple):
         return int((self.labels != -100).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch with its tensors on `device`."""
-        *tensors, examples = self
-        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return Batch(*moved, examples)
-
-    def split(self, parts: int, rank: int, ranks: int) -> Iterator[tuple[range, "Batch"]]:
-        """Cut the batch into at most `parts` pieces of ceil(B / parts) rows, see `shares`."""
-        size = math.ceil(len(self.examples) / parts)
-        return shares(self.examples, size, rank, ranks)
+        """Return the same batch on `device`."""
+        return Batch(*[tensor.to(device, non_blocking=True) for tensor in self])
 
 
-def _draw(example, seed, step):
-    """Return the example with one of its targets, which a hash chooses."""
-    number = hash_of(f"{seed}/{step}/{example.task}/{example.id}") % len(example.target_ids)
-    return example._replace(target_ids=[example.target_ids[number]])
+def draw_targets(examples: Sequence[Example], seed: int, step: int) -> list[Example]:
+    """Return the examples with one target each. A hash of (seed, step, task, id) chooses it."""
+    drawn = []
+    for example in examples:
+        number = hash_of(f"{seed}/{step}/{example.task}/{example.id}") % len(example.target_ids)
+        drawn.append(example._replace(target_ids=[example.target_ids[number]]))
+    return drawn
 
 
-def collate(examples: Sequence[Example], *, seed: int | None = None, step: int = 0) -> Batch:
-    """Return a padded batch with one reference for each example.
-
-    Without a seed it is the first reference. With a seed, a hash of (seed, step, task, id) chooses
-    the reference.
-    """
-    if seed is not None:
-        examples = [_draw(example, seed, step) for example in examples]
+def collate(examples: Sequence[Example]) -> Batch:
+    """Return a padded batch with the first target of each example."""
     sources = [torch.from_numpy(example.source_ids).long() for example in examples]
     masks = [torch.ones_like(source, dtype=torch.bool) for source in sources]
     targets = [torch.from_numpy(example.target_ids[0]).long() for example in examples]
@@ -348,7 +333,6 @@ def collate(examples: Sequence[Example], *, seed: int | None = None, step: int =
         attention_mask=pad_sequence(masks, batch_first=True),
         labels=pad_sequence(targets, batch_first=True, padding_value=-100),
         task_ids=torch.tensor([example.task_index for example in examples]),
-        examples=list(examples),
     )
 
 

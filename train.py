@@ -33,7 +33,7 @@ from baselines import (
     count_parameters,
     load_method,
 )
-from data import Batch, Example, Examples
+from data import Example, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig
 from run_folder import (
@@ -232,11 +232,11 @@ def train_step(
     base: Backbone,
     adapters: Adapters,
     optimizer: Optimizer,
-    batch: Batch,
+    examples: Sequence[Example],
     step: int,
     settings: TrainConfig,
 ) -> dict[str, float]:
-    """Run one optimiser step. Return loss and gradient norm.
+    """Run one optimiser step on the first target of each example. Return loss and gradient norm.
 
     The loss is summed over the target tokens and divided by their number in the whole step. So it
     does not depend on how the step is cut into micro-batches and processes.
@@ -244,7 +244,9 @@ def train_step(
     base.train()
     optimizer.zero_grad()
     loss = 0.0
-    for rows, micro_batch in batch.split(settings.accumulate, program.rank(), program.world_size()):
+    target_tokens = sum(len(example.target_ids[0]) for example in examples)
+    size = math.ceil(len(examples) / settings.accumulate)
+    for rows, micro_batch in data.shares(examples, size, program.rank(), program.world_size()):
         noise = routing_noise(adapters, settings.seed, step, rows)
         # `routed` copies the batch to the device. base.loss takes it on the CPU, where it finds the
         # label positions without waiting for the forward pass on a GPU.
@@ -252,7 +254,7 @@ def train_step(
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
             )
-            micro_loss = micro_loss / batch.target_tokens
+            micro_loss = micro_loss / target_tokens
             micro_loss.backward()
         loss += micro_loss.item()
 
@@ -265,7 +267,8 @@ def train_step(
             parameter.grad = torch.zeros_like(parameter)
     loss = runtime.sum_over_ranks([parameter.grad for parameter in parameters], loss)
     norm = clip_grad_norm_(parameters, LARGEST_NORM).item()
-    require_finite(f"step {step + 1} on {', '.join(batch.ids)}", loss=loss, gradient_norm=norm)
+    ids = ", ".join(example.id for example in examples)
+    require_finite(f"step {step + 1} on {ids}", loss=loss, gradient_norm=norm)
     optimizer.step()
     return {"loss": loss, "norm": norm}
 
@@ -273,10 +276,13 @@ def train_step(
 # ------------------------------------------------------------------------------------- the training
 
 
-def training_batch(train_set: Examples, batch_order: data.BatchOrder, step: int) -> Batch:
-    """Return the batch of a step. It depends only on the data, batch size, seed and step."""
-    rows = batch_order.at(step)
-    return data.collate([train_set[row] for row in rows], seed=batch_order.seed, step=step)
+def examples_of_step(train_set: Examples, batch_order: data.BatchOrder, step: int) -> list[Example]:
+    """Return the examples of a step, with one target each.
+
+    They depend only on the data, the batch size, the seed and the step.
+    """
+    examples = [train_set[row] for row in batch_order.at(step)]
+    return data.draw_targets(examples, batch_order.seed, step)
 
 
 def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example], step: int) -> str:
@@ -359,8 +365,8 @@ def train(
         first, end = progress.next_step, settings.steps
         for step in program.progress(range(first, end), "train", initial=first, total=end):
             started = time.monotonic()
-            batch = training_batch(train_set, batch_order, step)
-            record = train_step(base, adapters, optimizer, batch, step, settings)
+            examples = examples_of_step(train_set, batch_order, step)
+            record = train_step(base, adapters, optimizer, examples, step, settings)
             seconds = time.monotonic() - started
             run.log(step=step, **record, seconds=seconds)  # steps from 0; messages count from 1
 

@@ -285,7 +285,7 @@ def without_one(loaded: Loaded) -> dict[str, list[float]]:
         tokens = 0
         for _, batch, _ in evaluation.routed_batches(base, adapters, examples, 64, "Linears"):
             if n >= 0:
-                skills[n].c = mean_c[n].expand(len(batch.ids), -1)
+                skills[n].c = mean_c[n].expand(len(batch.input_ids), -1)
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
             tokens += batch.target_tokens
         losses.append(total / tokens)

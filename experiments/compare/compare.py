@@ -236,8 +236,8 @@ def seconds_of_a_step(
     started = []
     for step in range(TIMED_STEPS):
         started.append(time.monotonic())
-        batch = train.training_batch(train_set, batch_order, step)
-        train.train_step(base, adapters, optimizer, batch, step, settings)
+        examples = train.examples_of_step(train_set, batch_order, step)
+        train.train_step(base, adapters, optimizer, examples, step, settings)
     return (time.monotonic() - started[1]) / (TIMED_STEPS - 1)  # the first step is slower
 
 

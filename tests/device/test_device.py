@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
-import data
 import run_folder
 import t5
 import train
@@ -321,7 +320,7 @@ def test_a_step_waits_once_for_each_micro_batch_and_once_more(name, method, seco
     base.to(second)
     config = train.TrainConfig(accumulate=2)
     optimizer = train.make_optimizer(adapters, config)
-    batch = data.collate(examples_of(random_batch(10, 37)))
+    examples = examples_of(random_batch(10, 37))
     with torch.autograd.set_multithreading_enabled(False), Waits() as waits:
-        train.train_step(base, adapters, optimizer, batch, 0, config)
+        train.train_step(base, adapters, optimizer, examples, 0, config)
     assert waits.count == config.accumulate + 1  # the losses, and the norm of the gradient

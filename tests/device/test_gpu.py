@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import data
 import train
 from checkpoint import FAMILY_OF_CONFIG
 from device.fake_cuda import ONE_BLOCK
@@ -130,9 +129,9 @@ def test_a_step_waits_at_most_twice_for_each_micro_batch_and_once_more(name, mic
     base, adapters = moved(base.train(), device, torch.float32)
     config = train.TrainConfig(accumulate=micro_batches)
     optimizer = train.make_optimizer(adapters, config)
-    batch = data.collate(examples_of(random_batch(10, 37)))
-    train.train_step(base, adapters, optimizer, batch, 0, config)
+    examples = examples_of(random_batch(10, 37))
+    train.train_step(base, adapters, optimizer, examples, 0, config)
     with recorded_waits() as found:
-        train.train_step(base, adapters, optimizer, batch, 0, config)
+        train.train_step(base, adapters, optimizer, examples, 0, config)
     waits = [warning for warning in found if "synchronizing CUDA" in str(warning.message)]
     assert len(waits) <= 1 + 2 * micro_batches

@@ -127,7 +127,7 @@ def losses_with_peft(folder, steps, warmup, batch_size, **data_options):
     batch_order = data.BatchOrder(examples.source_lengths, batch_size, seed=0)
     for step in range(steps):
         rows = [examples[row] for row in batch_order.at(step)]
-        batch = data.collate(rows, seed=0, step=step)
+        batch = data.collate(data.draw_targets(rows, seed=0, step=step))
         loss = model(**arguments_of(batch, ours.module)).loss
         yield loss.item()
         optimizer.zero_grad()

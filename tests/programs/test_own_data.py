@@ -101,10 +101,10 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     launch = train.LaunchConfig(out="run")
     with spied(train, "train_step") as step:
         train.train(train.Settings(**flags), CPU, launch)
-    batch = step.call_args.args[3]
-    source = batch.input_ids[0][batch.attention_mask[0]].tolist()
-    target = batch.labels[0][batch.labels[0] >= 0].tolist()
-    number = int(batch.ids[0]) - 1
+    example = step.call_args.args[3][0]
+    source = example.source_ids.tolist()
+    target = example.target_ids[0].tolist()
+    number = int(example.id) - 1
     prompt, answer = prompt.format(number), answer.format(number)
     tokenizer = load_tokenizer(base_of(kind))
     if tokenizer.one_row:
@@ -120,7 +120,7 @@ def test_every_program_gives_a_text_the_same_ids(kind, name, base_of, tmp_path):
     data_config = saved.settings.part(DataConfig)
     eval_config = evaluation.EvalConfig(run="run", split="train")
     examples = evaluation.rows_of_split(eval_config, data_config, tokenizer, saved)
-    (scored,) = [example for example in examples if example.id == batch.ids[0]]
+    (scored,) = [other for other in examples if other.id == example.id]
     assert scored.source_ids.tolist() == source
     assert [ids.tolist() for ids in scored.target_ids] == [target]
 

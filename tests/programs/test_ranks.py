@@ -79,9 +79,9 @@ def trace(shard, accumulate, method):
     batch_order = data.BatchOrder(examples.source_lengths, config.batch_size, config.seed)
     losses_and_norms = []
     for step in range(config.steps):
-        batch = train.training_batch(examples, batch_order, step)
+        of_step = train.examples_of_step(examples, batch_order, step)
         with mock.patch.object(train, "LARGEST_NORM", 0.1):
-            record = train.train_step(base, adapters, optimizer, batch, step, config)
+            record = train.train_step(base, adapters, optimizer, of_step, step, config)
         losses_and_norms.append([record["loss"], record["norm"]])
     return torch.tensor(losses_and_norms, dtype=torch.float64), dict(adapters.state_dict())
 

@@ -424,38 +424,39 @@ def test_collate_pads_and_masks():
     assert batch.labels.tolist() == [[7, 4, 1], [1, -100, -100]]
     assert batch.target_tokens == 4
     assert batch.task_ids.tolist() == [3, -1]
-    assert batch.ids == ["a", "b"]
 
 
-def test_batch_splits_into_its_rows_as_wide_as_the_longest():
+def test_shares_are_all_rows_each_as_wide_as_its_longest():
     examples = [make_example(f"e{i}", [5] * (i + 1), [[9] * (7 - i)], i) for i in range(7)]
-    batch = collate(examples)
-    for parts, ranks, count in ((3, 1, 3), (9, 1, 7), (4, 3, 4), (2, 8, 2)):
+    for size, ranks, count in ((3, 1, 3), (1, 1, 7), (2, 3, 4), (4, 8, 2)):
         taken = []
         for rank in range(ranks):
-            pieces = list(batch.split(parts, rank, ranks))
+            pieces = list(data.shares(examples, size, rank, ranks))
             assert len(pieces) == count  # all processes take as many steps
             for rows, piece in pieces:
                 taken += rows
                 if not rows:
                     assert piece.target_tokens == 0
                     continue
-                expected = collate([examples[row] for row in rows])
-                assert piece.ids == expected.ids
-                check_equal(piece[:4], expected[:4])
+                check_equal(piece, collate([examples[row] for row in rows]))
         assert sorted(taken) == list(range(7))
 
 
-def test_collate_draws_references_by_seed_step_task_and_id():
+def test_targets_are_drawn_by_seed_step_task_and_id():
     examples = [make_example(f"e{i}", [1], [[10], [11], [12]]) for i in range(8)]
     elsewhere = [e._replace(task="task2_b") for e in examples]  # tasks may share ids
 
     def drawn(rows, seed=0):
-        return [collate(rows, seed=seed, step=step).labels[:, 0].tolist() for step in range(60)]
+        found = []
+        for step in range(60):
+            chosen = data.draw_targets(rows, seed, step)
+            found.append([int(example.target_ids[0][0]) for example in chosen])
+        return found
 
     assert collate(examples).labels[:, 0].tolist() == [10] * 8
     draws = drawn(examples)
-    assert draws[7][3] == collate(examples[3:4], seed=0, step=7).labels[0, 0]
+    [alone] = data.draw_targets(examples[3:4], 0, 7)
+    assert draws[7][3] == alone.target_ids[0][0]
     assert draws != drawn(examples, seed=1)
     assert draws != drawn(elsewhere)
     counts = np.bincount(np.concatenate(draws))[10:]

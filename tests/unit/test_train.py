@@ -23,18 +23,13 @@ DEFAULTS = train.TrainConfig()
 
 
 @pytest.fixture
-def batch(examples):
-    return data.collate(examples)
-
-
-@pytest.fixture
-def take_step(small_t5, batch):
+def take_step(small_t5, examples):
     """Take one step with new adapters. Return its record and the optimizer."""
 
     def take(step=0, config=DEFAULTS, **options):
         adapters = adapted(small_t5, **options).double()
         optimizer = train.make_optimizer(adapters, config)
-        record = train.train_step(small_t5, adapters, optimizer, batch, step, config)
+        record = train.train_step(small_t5, adapters, optimizer, examples, step, config)
         adapters.detach()
         return record, optimizer
 
@@ -105,14 +100,14 @@ def test_gradient_is_clipped_to_the_largest_norm(take_step, largest, monkeypatch
         (lambda B: B.register_hook(lambda gradient: 1e30 * gradient), "the gradient norm is inf"),
     ],
 )
-def test_step_that_is_not_finite_changes_no_weight(small_t5, batch, damage, words):
+def test_step_that_is_not_finite_changes_no_weight(small_t5, examples, damage, words):
     adapters = attach_method("lora", small_t5, OrchMoEConfig())
     optimizer = train.make_optimizer(adapters, DEFAULTS)
     damage(adapters.skills["decoder-blocks-1-attention-v"].B)
     before = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}
     message = f"^step 8 on a, b, c, d: {words}; start a new run with lower"
     with refusal(message):
-        train.train_step(small_t5, adapters, optimizer, batch, 7, DEFAULTS)
+        train.train_step(small_t5, adapters, optimizer, examples, 7, DEFAULTS)
     check_equal(adapters.state_dict(), before)
 
 
@@ -133,9 +128,10 @@ def test_micro_batches_add_up_to_the_whole_step(take_step, options):
             assert other["loss"] != pytest.approx(whole["loss"], rel=1e-6)
 
 
-def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples):
+def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, examples):
     record, _ = take_step()
     adapters = adapted(small_t5).double()
+    batch = data.collate(examples)
     expected_w = adapters.route(small_t5.embed(batch.input_ids), batch.attention_mask).w.float()
     losses = evaluation.measure(small_t5, adapters, examples)
     assert evaluation.mean_loss(losses) == pytest.approx(record["loss"], rel=1e-6)
@@ -144,15 +140,16 @@ def test_dev_loss_and_w_are_those_of_a_step(take_step, small_t5, batch, examples
         torch.testing.assert_close(w, expected_w)
 
 
-def test_training_batch_depends_on_seed_and_step():
+def test_examples_of_a_step_depend_on_seed_and_step():
     """Both change the order, and which references of an example are its targets."""
     examples = [make_example(f"e{i}", [5], [[7], [8], [9]]) for i in range(8)]
     train_set = data.Examples(examples, ["task1_a"], "", {})
 
     def ids_and_targets(seed, step):
         batch_order = data.BatchOrder(train_set.source_lengths, 8, seed)
-        batch = train.training_batch(train_set, batch_order, step)
-        return batch.ids, dict(zip(batch.ids, batch.labels.tolist(), strict=True))
+        found = train.examples_of_step(train_set, batch_order, step)
+        targets = {example.id: example.target_ids[0].tolist() for example in found}
+        return list(targets), targets
 
     ids, targets = ids_and_targets(0, 0)
     for other_ids, other_targets in (ids_and_targets(0, 1), ids_and_targets(1, 0)):
