@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,14 +53,14 @@ class Example(NamedTuple):
     input: str | None = None  # see tasks.Row
 
 
-def _limit(ids, length, tokenizer):
+def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> np.ndarray:
     """Return the ids as an array, cut to at most `length`. An EOS at the end is kept."""
     if len(ids) > length and ids[-1] in tokenizer.eos_ids:
         ids = ids[: length - 1] + ids[-1:]
     return np.array(ids[:length], np.int32)
 
 
-def _origin(row, config):
+def _origin(row: Row, config: DataConfig) -> str:
     """Return the words that tell a user where a row is."""
     if row.set == "question":
         return "the prompt"
@@ -96,7 +96,8 @@ def tokenise(
             prompts.append(row.prompt)
             references.extend(row.references)
         sources = tokenizer.sources(prompts, spaced=spaced)
-        targets = tokenizer.targets(references, spaced=spaced)  # an iterator over all of them
+        # An iterator over the targets of all rows. Each row takes its own.
+        targets = tokenizer.targets(references, spaced=spaced)
 
         for row, source in zip(chunk, sources, strict=True):
             if source == without_text:
@@ -187,10 +188,11 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
         )
 
 
-def _key(example):
-    """Return what rows of two sets must not share: a task's input, or the tokens of a JSONL prompt.
+def _key(example: Example) -> Hashable:
+    """Return the key by which two rows count as the same.
 
-    Prompts of SNI's form have different tokens for one input, since some have no examples.
+    It is the task's input in SNI's form, where some prompts of one input have no examples, and the
+    tokens of the prompt for JSONL.
     """
     if example.input is not None:
         return example.task, example.input
@@ -203,24 +205,26 @@ def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) ->
     Rows of "test" are only counted.
     """
     shared = "tokens" if config.is_jsonl else "inputs"
-    used = set()  # keys
-    for name in ("train", "dev", "seen", "test"):
+    used = {_key(row) for row in examples.get("train", [])}
+    for name, earlier in (("dev", "training"), ("seen", "training or dev")):
         rows = examples.get(name, [])
         unused = [row for row in rows if _key(row) not in used]
-        if name in ("train", "dev"):
-            used |= {_key(row) for row in rows}
-        if len(unused) == len(rows):
-            continue
-        earlier = "training" if name == "dev" else "training or dev"
-        problem = (
-            f"{len(rows) - len(unused)} of {len(rows)} {name} rows have the {shared} of {earlier} "
-            "rows"
-        )
-        if name == "test":
-            program.warn(f"{config.test}: {problem}, so they are not unseen")
-        else:
+        if len(unused) < len(rows):
             examples[name] = unused
-            program.warn(f"{config.data}: {problem} and are left out")
+            lost = f"{len(rows) - len(unused)} of {len(rows)} {name} rows"
+            program.warn(
+                f"{config.data}: {lost} have the {shared} of {earlier} rows and are left out"
+            )
+        if name == "dev":
+            used |= {_key(row) for row in rows}
+
+    test = examples.get("test", [])
+    known = sum(_key(row) in used for row in test)
+    if known:
+        program.warn(
+            f"{config.test}: {known} of {len(test)} test rows have the {shared} of training or dev "
+            "rows, so they are not unseen"
+        )
 
 
 def digest_of(paths: Iterable[Path], *, with_names: bool) -> str:
@@ -263,7 +267,7 @@ def load_sets(
     origin = f"{config.data} and {config.test}" if config.test else config.data
     warn_of_lost(lost, config, origin)
     tasks = sorted({example.task for example in examples.get("train", [])})
-    if NO_TASK in tasks:
+    if NO_TASK in tasks:  # methods that route by task need the task of every row
         tasks = []
     _remove_used_rows(examples, config)
 
@@ -367,13 +371,12 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        # Keeps the batches of one epoch.
-        self.latest_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)
+        self.cached_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)  # of one epoch
 
     def at(self, step: int) -> np.ndarray:
         """Return the indices of the examples in the batch of a step. Steps count from 0."""
         epoch, number = divmod(step, self.per_epoch)
-        return self.latest_epoch(epoch)[number]
+        return self.cached_epoch(epoch)[number]
 
     def of_epoch(self, epoch: int) -> list[np.ndarray]:
         """Return the indices of each batch of an epoch, in the order of the steps.
@@ -386,8 +389,8 @@ class BatchOrder:
         size = self.batch_size
         batches = []
         for pool in np.split(order, range(50 * size, len(order), 50 * size)):
-            pool = pool[np.argsort(self.lengths[pool], kind="stable")]
-            batches += np.split(pool, range(size, len(pool), size))
+            by_length = pool[np.argsort(self.lengths[pool], kind="stable")]
+            batches += np.split(by_length, range(size, len(pool), size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
 

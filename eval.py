@@ -65,28 +65,26 @@ def routed_batches(
 ) -> Iterator[tuple[list[int], data.Batch, Routing]]:
     """Yield (rows, batch, routing) for each batch of this process, while its routing is active.
 
-    rows: positions of the batch in `examples`. If this process has none left, rows is empty and
-    the batch is one dummy row, which has no labels and so no loss: all processes must take the
-    same number of steps.
-    w (M,K): weights of the abstract tasks to use instead of the router's.
+    rows: indices of the batch into `examples`. They are empty if the batch is a dummy, see
+    data.shares; so zip drops what is computed from it. w (M,K): weights of the abstract tasks to
+    use instead of the router's.
     """
     base.eval()
     rank, ranks = program.rank(), program.world_size()
     for rows, batch in data.batches(examples, batch_size, base.device, description, rank, ranks):
         given = None
         if w is not None:
-            # For a dummy row any weights will do.
-            given = w[rows or [0]].to(base.device)
+            given = w[rows or [0]].to(base.device)  # for a dummy any weights will do
         with routed(base, adapters, batch, w=given) as routing:
             yield rows, batch, routing
 
 
 def in_order(results: dict[int, Any]) -> list[Any]:
-    """Return the results of all processes, ordered by their positions."""
+    """Return the results {row: result} of all processes as a list, in the order of the rows."""
     merged = {}
     for part in runtime.gather_from_ranks(results):
         merged |= part
-    return [merged[position] for position in sorted(merged)]
+    return [merged[row] for row in sorted(merged)]
 
 
 @torch.no_grad()
@@ -111,8 +109,6 @@ def predict(
             on_keep=adapters.keep,
             agree=runtime.any_rank,  # a sharded base is gathered at every token, by all processes
         )
-        # A process without rows has a dummy batch of one, which zip drops here and in the
-        # functions below.
         for row, ids in zip(rows, tokens.tolist(), strict=False):
             answer_ids = takewhile(lambda token: token not in base.config.eos_ids, ids)
             texts[row] = tokenizer.decode(list(answer_ids))
@@ -153,8 +149,8 @@ def measure(
     losses = {}
     for rows, batch, _ in routed_batches(base, adapters, examples, batch_size, "loss", w):
         nats = base.loss(batch.input_ids, batch.attention_mask, batch.labels, per_row=True)
-        for position, loss in zip(rows, nats.tolist(), strict=False):
-            losses[position] = RowLoss(loss, tokens=len(examples[position].target_ids[0]))
+        for row, loss in zip(rows, nats.tolist(), strict=False):
+            losses[row] = RowLoss(loss, tokens=len(examples[row].target_ids[0]))
     return in_order(losses)
 
 
@@ -171,11 +167,13 @@ def losses_by_task(
     A named task has one: the sum of its nats divided by the number of its tokens. Examples that
     name no task have one loss for each different prompt.
     """
-    totals = {}  # {(task, prompt): (nats, tokens)}; the prompt is b"" if the task has a name
+    totals = {}  # {(task, prompt): (nats, tokens)}
     for example, loss in zip(examples, losses, strict=True):
-        prompt = example.source_ids.tobytes() if example.task == NO_TASK else b""
-        nats, tokens = totals.get((example.task, prompt), (0.0, 0))
-        totals[example.task, prompt] = (nats + loss.nats, tokens + loss.tokens)
+        key = (example.task, b"")  # all prompts of a named task count together
+        if example.task == NO_TASK:
+            key = (example.task, example.source_ids.tobytes())
+        nats, tokens = totals.get(key, (0.0, 0))
+        totals[key] = (nats + loss.nats, tokens + loss.tokens)
     means = {}
     for (task, _), (nats, tokens) in totals.items():
         means.setdefault(task, []).append(nats / tokens)
@@ -232,14 +230,8 @@ def score_rows(
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the predictions and the scores of the examples."""
     base, adapters, tokenizer = model
-    predictions = predict(
-        base,
-        adapters,
-        examples,
-        tokenizer,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-    )
+    lengths = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    predictions = predict(base, adapters, examples, tokenizer, **lengths)
     losses = measure(base, adapters, examples, batch_size=batch_size)
     return predictions, score(examples, predictions, metric_rules, losses)
 
@@ -292,18 +284,18 @@ class EvalConfig:
 def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run | None) -> None:
     """Print the answer to --ask and --input, or to --prompt, and w if there is a sample router."""
     base, adapters, tokenizer = model
-    if config.ask:
-        row = row_of_question(config.ask, config.input, tokenizer, data_config)
-    else:
+    if config.prompt:
         row = row_of_prompt(config.prompt)
+    else:
+        row = row_of_question(config.ask, config.input, tokenizer, data_config)
+        # T5 drops the final empty line. A user who gives --input wants the form of an instruction.
+        rows_are_prompts = run is not None and not run.facts.get("instructions", True)
+        if rows_are_prompts and tokenizer.one_row and not config.input:
+            program.warn(
+                f"--ask: the rows of {config.run} are whole prompts, and an instruction ends in an "
+                "empty line; give --prompt to ask in their form"
+            )
     example = data.example_of(row, tokenizer, data_config)
-    # T5 drops the final empty line. A user who gives --input wants the form of an instruction.
-    rows_are_prompts = run is not None and not run.facts.get("instructions", True)
-    if config.ask and not config.input and rows_are_prompts and tokenizer.one_row:
-        program.warn(
-            f"--ask: the rows of {config.run} are whole prompts, and an instruction ends in an "
-            "empty line; give --prompt to ask in their form"
-        )
     length = config.max_new_tokens or data_config.max_new_tokens
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=length)
     program.print_line(f"answer: {text or '(empty)'}")
@@ -373,7 +365,8 @@ def score_split(
 
 
 def main() -> None:
-    # Settings. A run has its own data settings, which flags override.
+    # Settings. A run has its own data settings, which flags override. Its --test belongs to its own
+    # --data, and no other split reads it.
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
     if config.method:
@@ -381,7 +374,7 @@ def main() -> None:
     run = run_folder.read_run(config.run) if config.run else None
     settings = run.settings if run else run_folder.Settings(model=config.model)
     values = vars(settings) | flags
-    if "data" in flags or config.split != "test":  # the run's --test belongs to its own --data
+    if "data" in flags or config.split != "test":
         values["test"] = flags.get("test", "")
     data_config = program.from_flags(DataConfig, values)
 
@@ -398,7 +391,7 @@ def main() -> None:
         program.require_new(config.results, "choose another --out")
     program.refuse_unread(flags, unread)
 
-    # Where to compute. In another dtype the scores could differ from those of train.py.
+    # Where to compute. The default is the dtype of the run, since another one changes the scores.
     dtype = flags.get("dtype", settings.dtype)
     base_folder = config.model or settings.model
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
