@@ -232,7 +232,7 @@ def load_method(text: str) -> str:
 
     `method_class` then finds the class by this name. The name of a built-in method is returned as
     it is. A run is bound to the content of the file, but not to what the file imports, see
-    run_folder.kind_of. Raise UserError for an unknown name, a file that is not Python, or a class
+    run_folder.class_of. Raise UserError for an unknown name, a file that is not Python, or a class
     that does not derive Adapters.
 
     This runs the file, so `text` must come from the command line, and never from a saved file.

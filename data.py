@@ -2,11 +2,12 @@
 
 tasks.py reads the texts as Rows. `tokenise` makes an Example of each row, and `load_sets` returns
 those of each set. `BatchOrder` chooses the examples of each training step, which depend only on the
-source lengths, the batch size, the seed and the step. `collate` makes a Batch of examples.
+source lengths, the batch size, the seed and the step, `draw_targets` one target of each, and
+`collate` makes a Batch of examples.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
-    batch = collate([examples[i] for i in chosen], seed=0, step=0)
+    batch = collate([examples[i] for i in chosen])
 
 Letters: B batch, L source length, Lt target length.
 

@@ -37,7 +37,6 @@ the repository "OrchMoE, a reference implementation", of which this file is a pa
 Test: pytest tests/unit/test_orchmoe.py tests/unit/test_orchmoe_skills.py
 """
 
-import itertools
 import math
 import threading
 import warnings
@@ -65,12 +64,12 @@ class OrchMoEConfig:
     def __post_init__(self) -> None:
         for name in ("abstract_tasks", "skills", "rank"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and 1 <= value <= 2**20):
-                raise ValueError(f"{name}: {value!r} must be a whole number (int) from 1 to 2^20")
-        if self.alpha is not None and not 0 < self.alpha < 1e6:
-            raise ValueError(f"alpha: {self.alpha!r} must be above 0 and below 1e6")
-        if not 0 <= self.allocation_std < 1e6:
-            raise ValueError(f"allocation_std: {self.allocation_std!r} must be from 0 to 1e6")
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}: {value!r} must be a whole number (int) from 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha: {self.alpha!r} must be a number above 0")
+        if not 0 <= self.allocation_std < math.inf:
+            raise ValueError(f"allocation_std: {self.allocation_std!r} must be a number from 0")
         if isinstance(self.targets, str) or not self.targets:  # a text would be read as letters
             raise ValueError(f"targets: {self.targets!r} must be a tuple of names")
 
@@ -111,7 +110,7 @@ class TaskRouter(nn.Module):
         if mask is None:
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         if mask.is_floating_point():
-            # One that is added to attention scores has 0 at real tokens.
+            # Additive float masks are 0 at real tokens.
             raise ValueError("mask: give booleans or integers, true at real tokens")
         mask = mask.bool()
         X = F.rms_norm(embeddings.to(self.W_task.dtype), (D,), eps=1e-6)  # (B,L,D)
@@ -267,7 +266,7 @@ class Skills(nn.Module):
         self.B = nn.Parameter(A.new_zeros(S, R, linear.out_features))  # (S,R,O)
         self.scale = scale
         self.mix = mix
-        # `routed` sets these three for each batch.
+        # `routed` sets c, shared and beams for each batch.
         self.c: Tensor | None = None  # (B,S)
         self.shared = False  # whether all samples share c, which is (1,S) then
         self.beams = 1  # how many rows of x belong to one sample
@@ -302,7 +301,7 @@ class Skills(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Return c for x (B,L,D): (B,S), or (1,S) for all samples.
 
-        Raise ValueError if x has not the rows of the batch that was routed.
+        Raise ValueError if x and the routed batch have different numbers of rows.
         """
         c, beams = self.c, self.beams
         if self.shared or len(c) == len(x):
@@ -328,7 +327,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
 
     skills_class = Skills
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # The group of each parameter, by the first part of its name, in a Linear's skills or else here:
+    # Maps the first part of a parameter's name, in a Linear's skills or else here, to its group:
     # skills, router, token_router or allocation. Each group has its own learning rate.
     rates = {"A": "skills", "B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
@@ -351,7 +350,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         mix: Callable[..., Tensor] = mix_skills,
         generator: Generator | None = None,
     ):
-        """Make the skills. `module` and its Linears do not change. For the others see `attach`."""
+        """Make the skills. `module` and its Linears do not change. `width` is for subclasses.
+
+        For the other arguments see `attach`.
+        """
         super().__init__()
         self.config = config
         self.router: nn.Module | None = None
@@ -383,29 +385,28 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         embeddings: Tensor | None = None,
         mask: Tensor | None = None,
         *,
+        w: Tensor | None = None,
+        noise: Tensor | None = None,
+        task_ids: Tensor | None = None,
         beams: int = 1,
-        **options: Any,
     ) -> Iterator[Routing]:
         """Route one batch. Within the `with` block every adapted Linear has its weights c.
 
-        Keep it open until after backward. With gradient checkpointing (use_reentrant=False)
-        backward runs the blocks again, with the weights that are routed then. So one backward must
-        not span two routings: to add two losses, route both batches as one. For generation, keep it
-        open until the last token. Open it anew for each micro-batch.
+        Keep it open until after backward, or until the last token of a generation. Open it anew for
+        each micro-batch. One backward must not span two routings: to add two losses, route both
+        batches as one.
 
         embeddings: (B,L,D) of the SOURCE. mask: (B,L), true at real tokens (the reverse of
-        PyTorch's key_padding_mask; default: all are real). beams: how many consecutive rows belong
-        to one sample.
-
-        The options go to `route`. w: (K,) or (B,K), to use instead of the router's. noise: u in
-        [0,1), (B,*noise_shape), for training with noise; `route` draws it if it is not given.
-        task_ids: (B,), the training task of each sample, or -1; OrchMoE does not read them.
+        PyTorch's key_padding_mask; default: all are real). w: (K,) or (B,K), to use instead of the
+        router's. noise: u in [0,1), (B,*noise_shape), for training with noise; `route` draws it if
+        it is not given. task_ids: (B,), the training task of each sample, or -1; OrchMoE does not
+        read them. beams: how many consecutive rows belong to one sample.
 
         Raise RuntimeError inside routed, disabled or folded of the same model. Raise ValueError as
         `route` does, and if it returns something else than its Skills need.
         """
         with self._open():
-            routing = self.route(embeddings, mask, **options)
+            routing = self.route(embeddings, mask, w=w, noise=noise, task_ids=task_ids)
             self._require_routing(routing, embeddings)
             c_of_all = routing.c
             if embeddings is not None:  # of the base's dtype, so cast once for all Linears
@@ -463,9 +464,10 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         if not isinstance(self.router, TaskRouter):
             return
         if masks is None:
-            masks = itertools.repeat(None)
+            pairs = ((batch, None) for batch in embeddings)
+        else:
+            pairs = zip(embeddings, masks, strict=True)
         with full_precision(self.router.mu.device):
-            pairs = zip(embeddings, masks, strict=False)
             summaries = [self.router.summarise(batch, mask) for batch, mask in pairs]
             x_hat = torch.cat(summaries)  # (M,D)
             sources, K = len(x_hat.unique(dim=0)), len(self.router.W_task)
@@ -530,7 +532,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             if routing.c.shape[1] != 1:
                 raise ValueError(f"give one sample or one w (K,), not {routing.c.shape[1]}")
             for (path, linear), skills in pairs:
-                weight = linear._parameters.get("weight")  # None if it is parametrised
+                weight = linear.weight  # no Parameter if it is parametrised
                 is_plain = type(weight) is nn.Parameter and weight.is_floating_point()
                 if not is_plain or type(linear).forward is not nn.Linear.forward:
                     kind = type(linear).__name__
@@ -552,13 +554,12 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
         """Return the parameters that train, by kind. Each kind needs its own learning rate."""
         groups = {"skills": [], "router": [], "token_router": [], "allocation": []}
         for name, parameter in self.named_parameters():
-            parts = name.split(".")  # router.bias, or skills.PATH.A
-            if parts[0] == "skills":
-                parts = parts[2:]
-            kind = self.rates.get(parts[0])
+            parts = name.split(".")  # router.bias, or skills.blocks-0-q.A
+            first = parts[2] if parts[0] == "skills" else parts[0]
+            kind = self.rates.get(first)
             if kind not in groups:
                 method = type(self).__name__
-                raise ValueError(f"{method}.rates: {parts[0]} needs one of {', '.join(groups)}")
+                raise ValueError(f"{method}.rates: {first} needs one of {', '.join(groups)}")
             if parameter.requires_grad:
                 groups[kind].append(parameter)
         return groups
@@ -671,7 +672,7 @@ def attach(
     method: the class that computes the weights. width: D of the embeddings given to `routed`, if it
     is not that of the first Embedding. The options go to the method. num_tasks: how many training
     tasks there are, for methods that read task ids. extra_rank: this many ranks are divided evenly
-    among the Linears. If a Linear gets e of them, each of its skills has rank R + e, and the scale
+    among the Linears; one that gets e of them has skills of rank R + e, with the scale
     alpha / (R + e). mix: mix_skills, or the faster kernels.mix_skills. generator: source of the
     initial values.
 
@@ -719,7 +720,7 @@ def target_linears(module: nn.Module, targets: Sequence[str]) -> dict[str, nn.Li
 
     available = set()
     found = {}
-    for path, child in module.named_modules():  # one in two places is adapted once
+    for path, child in module.named_modules():  # a shared Linear is visited once
         if not isinstance(child, nn.Linear):
             continue
         name = path.rpartition(".")[2]

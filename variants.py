@@ -121,6 +121,8 @@ class RouterWithoutAttention(TaskRouter):
         """Return x_hat (B,D), see TaskRouter.summarise."""
         if mask is None:
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        if mask.is_floating_point():
+            raise ValueError("mask: give booleans or integers, true at real tokens")
         X = F.rms_norm(embeddings.to(self.W_task.dtype), self.mu.shape, eps=1e-6)  # (B,L,D)
         return masked_mean(X, mask.bool())
 

@@ -16,7 +16,7 @@ import kernels
 import orchmoe
 from helpers import refusal, seeded_generator, stir, teacher_forced
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter, attach
-from variants import TokenRouted
+from variants import RouterWithoutAttention, TokenRouted
 
 EXACT = dict(rtol=1e-10, atol=1e-12)
 sample_and_token = pytest.mark.parametrize("method", [OrchMoE, TokenRouted])
@@ -113,16 +113,32 @@ def test_a_source_of_only_padding_has_zero_x_hat():
     assert embeddings.grad.isfinite().all()
 
 
-def test_a_float_mask_is_refused():
+@pytest.mark.parametrize("router_class", [TaskRouter, RouterWithoutAttention])
+def test_a_float_mask_is_refused(router_class):
     """Some models add a mask of 0 (real) and -inf (padding) to their attention scores.
 
     Read as booleans, it would say the opposite.
     """
-    router, x = TaskRouter(16, 8), torch.randn(2, 3, 16)
+    router, x = router_class(16, 8), torch.randn(2, 3, 16)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert torch.equal(router(x, mask), router(x, mask.bool()))
     with refusal("mask: give booleans or integers, true at real tokens"):
         router(x, mask.log())
+
+
+def test_a_wrong_name_of_an_argument_is_an_error():
+    """It would route without the mask, or without the given w."""
+    adapters = small()
+    with pytest.raises(TypeError, match="attention_mask"):
+        with adapters.routed(torch.randn(2, 3, 16), attention_mask=torch.ones(2, 3)):
+            pass
+
+
+def test_each_batch_of_sources_needs_its_mask():
+    adapters = small()
+    sources = [torch.randn(8, 3, 16), torch.randn(8, 3, 16)]
+    with pytest.raises(ValueError, match="zip"):
+        adapters.fit_router(sources, [torch.ones(8, 3, dtype=torch.bool)])
 
 
 def test_junk_in_the_padding_changes_nothing():
@@ -381,9 +397,9 @@ def test_the_width_can_be_given():
         {"abstract_tasks": 8.0},
         {"alpha": 0.0},
         {"alpha": math.nan},
-        {"alpha": 1e6},
+        {"alpha": math.inf},
         {"allocation_std": -1.0},
-        {"allocation_std": 1e6},
+        {"allocation_std": math.inf},
         {"targets": ()},
         {"targets": "q"},
     ],
