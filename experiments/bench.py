@@ -11,6 +11,7 @@ that whatever slows the machine slows all. Beside it are its quartiles over the 
   mix_skills is left out: it costs the host 1.4 to 1.8 times as long (commit 74a5b2c), and on a GPU
   the host must keep ahead of the kernels.
 - step: a training step, and its peak memory. peft's Poly has the shapes of OrchMoE.
+- methods: what a step, its memory, an answer and the adapter file of each method cost (--model).
 - decode: one sample, with the skills routed, folded and left out.
 - generate: greedy answers to real prompts.
 - host: training steps of models so narrow that Python's part is left.
@@ -53,8 +54,10 @@ import eval as evaluation
 import kernels
 import orchmoe
 import tokenizer as tokenizers
-from baselines import attach_method, without_adapters
+from baselines import attach_method, load_method, without_adapters
+from experiments.compare.sizes import equal_ranks
 from experiments.compare.study import kind_of_cpu
+from experiments.compare.tables import table as columns
 from experiments.computed import MODELS, t5_config
 from llama import Llama, LlamaConfig
 from model import Backbone
@@ -68,6 +71,10 @@ HEAD = "| ratio | quartiles | of | to |\n|---|---|---|---|"
 R = 4  # of every contestant; a plain LoRA has rank S R
 
 OURS = "OrchMoE"
+HYDRA_LORA = f"{program.ROOT / 'examples/hydra_lora.py'}:HydraLoRA"
+METHODS = ("orchmoe", "lora", "moe-lora", "poly", "mhr", HYDRA_LORA)
+ANSWERED = 32  # tokens of an answer
+TASKS = 8  # for methods that route by task
 POLY = "peft Poly"
 LORA = "peft LoRA"
 COMPILED = "OrchMoE, --compile"
@@ -328,8 +335,15 @@ def their_base(setup: Setup) -> nn.Module:
     return model.to(setup.device)
 
 
-def our_adapters(setup: Setup, base: Backbone) -> Adapters:
-    return attach_method("orchmoe", base, setup.adapter(), generator=runtime.generator(0))
+def our_adapters(setup: Setup, base: Backbone, method: str = "") -> Adapters:
+    """Return those of OrchMoE, or of one of METHODS with the ranks that give all one size."""
+    config = setup.adapter()
+    options = {"generator": runtime.generator(0)}
+    if method:
+        rows = tuple((name, load_method(name), config) for name in METHODS)
+        options["extra_rank"] = equal_ranks(rows, base.config, TASKS)[method]
+        options["num_tasks"] = TASKS
+    return attach_method(load_method(method or "orchmoe"), base, config, **options)
 
 
 def their_adapters(setup: Setup, name: str, model: nn.Module) -> nn.Module:
@@ -379,9 +393,16 @@ class Step:
 
 
 def our_step(
-    setup: Setup, compiled: bool = False, checkpointed: bool = False, frozen: bool = False
+    setup: Setup,
+    compiled: bool = False,
+    checkpointed: bool = False,
+    frozen: bool = False,
+    method: str = "",
 ) -> Step:
-    """Return the training step of OrchMoE or, if `frozen`, of a base whose embedding trains."""
+    """Return the training step of OrchMoE or, if `frozen`, of a base whose embedding trains.
+
+    method: see `our_adapters`.
+    """
     base = our_base(setup)
     base.checkpoint_blocks = checkpointed
     if compiled:
@@ -390,7 +411,7 @@ def our_step(
         adapters = without_adapters(base)
         base.embedding.requires_grad_(True)  # so that backward passes through all blocks
     else:
-        adapters = our_adapters(setup, base)
+        adapters = our_adapters(setup, base, method)
 
     def backward(batch):
         with evaluation.routed(base, adapters, batch):
@@ -516,6 +537,72 @@ def decoder_steps(setup: Setup) -> Iterator[str]:
         (f"{OURS}, bf16", f"{COMPILED}, bf16"),
     )
     yield table(f"A {describe(setup, batch)}", time_steps(setup, steps, batch), pairs)
+
+
+# ---------------------------------------------------------------------------- each method
+
+
+def bench_methods(setup: Setup) -> Iterator[str]:
+    """Yield a table of what each method costs, with those of peft below."""
+    if not setup.model:
+        return
+    makers = {}
+    for method in METHODS:
+        makers[method.rpartition(":")[2]] = partial(our_step, setup, method=method)
+    for name in (LORA, POLY):
+        makers[name] = partial(their_step, setup, name)
+    batch = random_batch(setup, *setup.choose((2, 12, 4), (8, 144, 16)))
+    steps = {name: make() for name, make in makers.items()}
+    times = time_steps(setup, steps, batch, rounds=7)
+    answers = {name: partial(answer, step.model, batch, name) for name, step in steps.items()}
+    answer_times = interleave(setup, answers, setup.choose(1, 3))
+    lines = []
+    for name, make in makers.items():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+            peak = fresh.submit(peak_memory, make, batch, setup.device).result()
+        weights = sum(parameter.numel() for parameter in steps[name].trained)
+        line = [name, f"{weights:,}", f"{np.median(times[name]):.2f}", f"{peak:.0f}"]
+        size = file_size(steps[name].model)
+        lines.append([*line, f"{np.median(answer_times[name]):.2f}", f"{size / 1e6:.2f}"])
+    head = ["method", "weights", "step, s", "its peak, MiB", "answers, s", "adapter file, MB"]
+    yield f"Each method, {describe(setup, batch)}, and answers of {ANSWERED} tokens:\n"
+    yield columns(head, lines)
+
+
+@torch.no_grad()
+def answer(model: nn.Module, batch: data.Batch, name: str) -> None:
+    """Generate ANSWERED tokens for each source of the batch, with our Backbone or with peft."""
+    model.eval()
+    if isinstance(model, Backbone):
+        adapters = model.skill_adapters
+        with evaluation.routed(model, adapters, batch):
+            model.generate(
+                batch.input_ids,
+                batch.attention_mask,
+                max_new_tokens=ANSWERED,
+                on_keep=adapters.keep,
+            )
+        return
+    options = {"task_ids": batch.task_ids} if name == POLY else {}
+    model.generate(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask.long(),
+        max_new_tokens=ANSWERED,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+
+
+def file_size(model: nn.Module) -> int:
+    """Return the bytes of the file of the adapters, ours or those of peft."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "adapter_model.safetensors")
+        if isinstance(model, Backbone):
+            checkpoint.write_safetensors(path, model.skill_adapters.state_dict(), {})
+        else:
+            model.save_pretrained(folder)
+        return path.stat().st_size
 
 
 # ------------------------------------------------------------------------------------ host time
@@ -703,6 +790,7 @@ def new_lengths(setup: Setup, of: str) -> str:
 PARTS = {
     "linear": bench_linear,
     "step": bench_step,
+    "methods": bench_methods,
     "decode": bench_decode,
     "generate": bench_generate,
     "host": bench_host,
