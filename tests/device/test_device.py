@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
 import data
 import run_folder
 import t5
@@ -159,11 +158,6 @@ def test_answers_are_those_of_the_cpu(model, second, home):
 # --------------------------------------------------------------------------------------- the models
 
 
-def test_a_base_is_loaded_to_the_device(second):
-    base = checkpoint.load(ROOT / "tiny", device=second)
-    assert {tensor.device for tensor in base.state_dict().values()} == {second}
-
-
 def test_a_row_that_ends_leaves_the_batch(second):
     base = small_model("llama3").eval()
     ids, mask, _ = random_batch(2, 37)
@@ -174,14 +168,6 @@ def test_a_row_that_ends_leaves_the_batch(second):
     base.to(second)
     found = base.generate(ids.to(second), mask.to(second), max_new_tokens=3)
     assert torch.equal(found.cpu(), expected)
-
-
-def test_skills_move_with_a_base_that_becomes_bfloat16(second):
-    base = small_model("v1.1")
-    adapters = adapted(base, targets=("all",))
-    base.to(second, torch.bfloat16)
-    for tensor in adapters.state_dict().values():
-        assert (tensor.device, tensor.dtype) == (second, torch.float32)
 
 
 def test_verbs_of_the_adapters_are_those_of_the_cpu(second):
