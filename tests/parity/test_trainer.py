@@ -747,7 +747,6 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--data b.jsonl --out stopped", "stopped/checkpoint-2: exists"),
         ("--data b.jsonl --out written", "written/README.md: exists"),
         ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
-        ("--prompt a --out old --resume", "--resume: needs --data"),
         ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
         (
             "--data b.jsonl --out rows --resume",
