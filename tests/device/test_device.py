@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import checkpoint
 import data
 import run_folder
 import t5
@@ -156,6 +157,11 @@ def test_answers_are_those_of_the_cpu(model, second, home):
 
 
 # --------------------------------------------------------------------------------------- the models
+
+
+def test_a_base_is_loaded_to_the_device(second):
+    base = checkpoint.load(ROOT / "tiny", device=second)
+    assert {tensor.device for tensor in base.state_dict().values()} == {second}
 
 
 def test_a_row_that_ends_leaves_the_batch(second):
