@@ -18,15 +18,11 @@ from torch._dynamo.utils import counters
 
 import train
 from checkpoint import FAMILY_OF_CONFIG
-from experiments.computed import MODELS
+from device.fake_cuda import ONE_BLOCK
 from helpers import adapted, examples_of, random_batch, small_model
 from support import runtime
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
-ONE_BLOCK = {
-    "T5-base": replace(MODELS["T5-base"], num_layers=1, num_decoder_layers=1),
-    "Llama-3.2-1B": replace(MODELS["Llama-3.2-1B"], num_hidden_layers=1),
-}
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value
 CUDA = pytest.param("cuda", marks=GPU)
 CASES = [("cpu", torch.float32, "plain")]
