@@ -216,7 +216,7 @@ def _remove_used_rows(examples: dict[str, list[Example]], config: DataConfig) ->
             program.warn(
                 f"{config.data}: {lost} have the {shared} of {earlier} rows and are left out"
             )
-        if name == "dev":
+        if name == "dev":  # seen is compared with train and dev
             used |= {_key(row) for row in rows}
 
     test = examples.get("test", [])
@@ -372,7 +372,8 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.per_epoch = math.ceil(len(lengths) / batch_size)
-        self.cached_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)  # of one epoch
+        # Keeps the batches of the current epoch.
+        self.cached_epoch = functools.lru_cache(maxsize=1)(self.of_epoch)
 
     def at(self, step: int) -> np.ndarray:
         """Return the indices of the examples in the batch of a step. Steps count from 0."""

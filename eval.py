@@ -370,7 +370,7 @@ def main() -> None:
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
     if config.method:
-        load_method(config.method)
+        load_method(config.method)  # the settings of the run name its class
     run = run_folder.read_run(config.run) if config.run else None
     settings = run.settings if run else run_folder.Settings(model=config.model)
     values = vars(settings) | flags

@@ -406,6 +406,7 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
 
     all_scores = {}
     for name, run_dir in run_dirs.items():
+        gc.collect()  # frees the base before: it and its adapters refer to each other
         model = load(device, run_dir=run_dir, model=settings.model, shard=shard)
         all_scores[name] = {}
         for which, examples in held_out.items():
@@ -417,8 +418,7 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
                 batch_size=settings.eval_batch_size,
                 max_new_tokens=settings.max_new_tokens,
             )
-        del model  # its base and its adapters refer to each other, so that only gc frees them
-        gc.collect()
+        del model
     program.write_json(run.path / "scores.json", all_scores)
     return all_scores
 

@@ -175,14 +175,6 @@ def test_a_row_that_ends_leaves_the_batch(second):
     assert torch.equal(found.cpu(), expected)
 
 
-def test_skills_move_with_a_base_that_becomes_bfloat16(second):
-    base = small_model("v1.1")
-    adapters = adapted(base, targets=("all",))
-    base.to(second, torch.bfloat16)
-    for tensor in adapters.state_dict().values():
-        assert (tensor.device, tensor.dtype) == (second, torch.float32)
-
-
 def test_verbs_of_the_adapters_are_those_of_the_cpu(second):
     """The programs above train and generate, too."""
     results = []

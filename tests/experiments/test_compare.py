@@ -768,7 +768,6 @@ REFUSED = {
     "--ablations --rows nope": "--rows nope: choose, once each, of default, w replaced",
     "--ablations --methods lora": "--methods: has no effect with --ablations",
     "--rows default": "--rows: has no effect without --ablations",
-    "--no-tune --epochs 1 --steps 3": "--steps: has no effect with --epochs",
     "--axes warmup": "--axes warmup: choose, once each, of lr_skills, alpha",
     "--no-tune --trials 3": "--trials: has no effect with --no-tune",
     "--no-tune --axes alpha": "--axes: has no effect with --no-tune",

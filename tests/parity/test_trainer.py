@@ -732,23 +732,6 @@ BAD_ROWS = [
 ]
 
 
-def test_a_linear_whose_forward_accelerate_replaces_has_its_skills():
-    hooks = pytest.importorskip("accelerate.hooks")
-    inputs = tokens_of(PROMPTS)
-    logits = []
-    for is_replaced in (False, True):
-        model = make_llama()
-        linear = model.model.layers[1].self_attn.q_proj
-        if is_replaced:  # as device_map="auto" does
-            hooks.add_hook_to_module(linear, hooks.AlignDevicesHook("cpu"))
-        adapters = adapted(model).skill_adapters
-        stir(adapters, seeded_generator())
-        embeddings = model.get_input_embeddings()(inputs["input_ids"])
-        with torch.no_grad(), adapters.routed(embeddings, inputs["attention_mask"]):
-            logits.append(model(**inputs).logits)
-    torch.testing.assert_close(*logits, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("row, message", BAD_ROWS)
 def test_a_bad_row_is_named(row, message, tmp_path):
     """test_tasks.py tests lines that are no rows."""
@@ -764,7 +747,6 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("--data b.jsonl --out stopped", "stopped/checkpoint-2: exists"),
         ("--data b.jsonl --out written", "written/README.md: exists"),
         ("--data a.jsonl --out old --resume", "--resume: needs --data, and a checkpoint in old"),
-        ("--prompt a --out old --resume", "--resume: needs --data"),
         ("--data b.jsonl --out stopped --resume", "stopped/checkpoint-2/adapter.pt: damaged"),
         (
             "--data b.jsonl --out rows --resume",

@@ -416,9 +416,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --compile auto": "argument --compile: invalid choice: 'auto'",
     "train.py --max-tasks 1 --train-instances 5": "5 different training sources are too few",
     "train.py --steps -1": "steps: -1 must be 1 or more, and below 2^53",
-    "train.py --max-source-length 1": "max_source_length: 1 must be 2 or more",
     "train.py --lr-skills nan": "lr_skills: nan must be 0 or more",
-    f"{TINY} --batch-size 0": "batch_size: 0 must be 1 or more",
     # Flags that do not fit together.
     "train.py --shard": "--shard: splits the base over processes; start it with torchrun",
     "train.py --shard --compile on": "--shard and --compile on: give one of the two",
@@ -429,7 +427,6 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --ask a\udcff --input word": "--ask is not valid Unicode (lone surrogate)",
     # Flags that have no effect.
     "train.py --method lora --lr-router 1": "--lr-router: has no effect with --method lora; leave",
-    "train.py --lr-token-router 3": "--lr-token-router: has no effect with --method",
     "train.py --epochs 1 --steps 3": "--steps: has no effect with --epochs; leave it out",
     f"{ASK} --prompt Go": "--prompt: has no effect with --ask",
     f"{TINY} --input word": "--input: has no effect without --ask",

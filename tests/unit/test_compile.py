@@ -95,23 +95,6 @@ def test_the_scale_is_a_constant_of_the_graph():
     assert len(shapes) > 0 and () not in shapes
 
 
-def test_a_copy_of_a_compiled_model_is_not_compiled():
-    base = base_in_training()
-    base.compile_blocks("eager")
-    losses_and_gradients(copy.deepcopy(base), BATCHES[:1])
-    assert counters["stats"]["unique_graphs"] == 0
-
-
-def test_a_block_that_cannot_be_compiled_raises():
-    def fails(graph, inputs):
-        raise NotImplementedError("no such kernel")
-
-    base = base_in_training()
-    base.compile_blocks(fails)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no such kernel"):
-        losses_and_gradients(base, BATCHES[:1])
-
-
 # -------------------------------------------------------------------------- --compile of train.py
 
 
