@@ -405,13 +405,13 @@ def our_step(
     """
     base = our_base(setup)
     base.checkpoint_blocks = checkpointed
-    if compiled:
-        base.compile_blocks(setup.choose("eager", "inductor"))
     if frozen:
         adapters = without_adapters(base)
         base.embedding.requires_grad_(True)  # so that backward passes through all blocks
     else:
         adapters = our_adapters(setup, base, method)
+    if compiled:
+        base.compile_blocks(setup.choose("eager", "inductor"))
 
     def backward(batch):
         with evaluation.routed(base, adapters, batch):

@@ -75,7 +75,7 @@ def test_the_study_ends_in_its_tables(small, tmp_path):
     assert cells.keys() == {why.cell_name(row, seed) for row in why.ROWS for seed in SEEDS}
     repeated = program.read_json(kept / "repeated/orchmoe-s300.json")
     assert repeated["seen"] == cells["orchmoe-s300"]["seen"]
-    assert cells["frozen_router-s300"]["router"]["distance"] == 0
+    assert cells["frozen_router-s300"]["settings"]["lr_router"] == 0
     assert cells["mhr-s300"]["settings"]["replaced_router"] == "no noise"
     assert cells["true_task__factors-s301"]["settings"]["method"] == "orchmoe-factors"
     for cell in cells.values():

@@ -790,7 +790,6 @@ def test_snippets_of_the_page_run_as_printed(tmp_path, monkeypatch):
 
     def shorter(args):
         args.max_steps = 2
-        args.dataloader_pin_memory = False  # the second device of tests/device cannot pin memory
         original(args)
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", shorter)
