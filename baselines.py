@@ -37,8 +37,6 @@ class LoRA(Adapters):
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
 
-    mixes_by_sample = False
-
     @classmethod
     def skill_shape(cls, config: OrchMoEConfig, num_tasks: int) -> tuple[int, int]:
         return 1, config.skills * config.rank
@@ -59,7 +57,6 @@ class MoELoRA(Adapters):
 
     skills_class = TokenSkills
     rates = Adapters.rates | {"W_task": "token_router"}
-    mixes_by_sample = False
 
     def __init__(self, *inputs: Any, generator: Generator | None = None, **options: Any):
         super().__init__(*inputs, generator=generator, **options)
@@ -296,15 +293,12 @@ def attach_method(
     skills are mixed by kernels.mix_skills. Raise ValueError, with the module unchanged, for targets
     that the method cannot adapt, or a parameter without a learning rate.
     """
-    method = method_class(method)
-    head = getattr(module, "head", None)
-    if method.mixes_by_sample and head in target_linears(module, config.targets).values():
+    if getattr(module, "head", None) in target_linears(module, config.targets).values():
         raise ValueError(
-            "targets: head reads the tokens of all samples as one list, so that no method can mix "
-            f"skills by sample there, as {method.__name__} may do; leave it out (for a method of "
-            "your own see Adapters.mixes_by_sample)"
+            "targets: head reads the tokens of all samples as one list, so that skills cannot be "
+            "mixed by sample there; leave it out"
         )
-    return attach(module, config, method, mix=kernels.mix_skills, **options)
+    return attach(module, config, method_class(method), mix=kernels.mix_skills, **options)
 
 
 def count_parameters(adapters: Adapters) -> dict[str, int]:

@@ -61,16 +61,6 @@ def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> np.ndarray:
     return np.array(ids[:length], np.int32)
 
 
-def _origin(row: Row, config: DataConfig) -> str:
-    """Return the words that tell a user where a row is."""
-    if row.set == "question":
-        return "the prompt"
-    path = config.data
-    if row.set == "test":
-        path = config.test or config.data
-    return f"{path}, row {row.id}"
-
-
 def tokenise(
     rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[dict[str, list[Example]], Counter[str]]:
@@ -103,8 +93,8 @@ def tokenise(
         for row, source in zip(chunk, sources, strict=True):
             if source == without_text:
                 raise UserError(
-                    f"{_origin(row, config)}: the tokenizer has no tokens for the prompt "
-                    f"{row.prompt!r:.40}; change it, or leave it out"
+                    f"the prompt {row.prompt!r:.40} (row {row.id}) has no tokens; change it, or "
+                    "leave it out"
                 )
             if row.is_cut or len(source) > config.max_source_length:
                 lost["source"] += 1
@@ -256,8 +246,6 @@ def load_sets(
     # In a folder a file is named after its task, and the split depends on this name.
     with_names = not config.is_jsonl
     digests = {name: digest_of(paths, with_names=with_names) for name, paths in files.items()}
-    if config.is_jsonl and digests["test"] == digests["train"]:
-        raise UserError(f"--test {config.test}: is a copy of --data; give rows that do not train")
 
     facts = {}
     if config.is_jsonl:
@@ -280,12 +268,8 @@ def load_sets(
 
 
 def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Examples:
-    """Return a set of `load_sets`. Raise UserError if it is missing or too small."""
-    least = 1
-    if config.is_jsonl and name in ("dev", "seen"):
-        least = 5  # `split_prompts` chooses at least 8, and `_remove_used_rows` may leave fewer
-    found = len(sets.get(name, ()))
-    if found >= least:
+    """Return a set of `load_sets`. Raise UserError if it is missing or empty."""
+    if sets.get(name):
         return sets[name]
 
     program.require_path(config.data, "give the data with --data")
@@ -297,7 +281,7 @@ def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Exa
         remedy = "add task files of test_tasks.txt, or give --split seen"
     else:
         remedy = "add task files of train_tasks.txt, with 5 or more different inputs each"
-    raise UserError(f"{config.data}: {found} rows in the set {name}, {least} needed; {remedy}")
+    raise UserError(f"{config.data}: no rows in the set {name}; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------ batches

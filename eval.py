@@ -326,9 +326,9 @@ def rows_of_split(
     of_run = run.settings
     same_paths = all(getattr(data_config, name) == getattr(of_run, name) for name in FILE_FIELDS)
     if not is_test:
-        run.require_same(train_tasks=examples.digest)
+        run.require_same({"train_tasks": examples.digest})
     elif same_paths:
-        run.require_same(test_tasks=examples.digest)
+        run.require_same({"test_tasks": examples.digest})
     examples = data.with_task_index(examples, run.facts["tasks"])
     if is_test:
         data.warn_of_known(examples, data_config)

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
-
 IGNORED = -100  # the label of positions that carry no loss
 
 
@@ -250,7 +248,3 @@ class Backbone(nn.Module):
                 if on_keep is not None:
                     on_keep(staying)
         return tokens[:, : t + 1]
-
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile the blocks for training, see kernels.compile_blocks. Call it after `attach`."""
-        kernels.compile_blocks(self.blocks, backend)

@@ -331,10 +331,6 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     # skills, router, token_router or allocation. Each group has its own learning rate.
     rates = {"A": "skills", "B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
-    # Whether a Linear must know to which sample a token belongs. The output head does not know it:
-    # it gets the tokens of all samples as one list.
-    mixes_by_sample = True
-    kind = ""  # name in saved runs; only the same method loads them (default: name of the class)
 
     _lock = threading.Lock()  # two threads must not pass the check in `_open` together
 

@@ -107,7 +107,9 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
-TRAIN_AGAIN = "restore the file, or train again"  # the remedy for a damaged file
+# What helps if a file is damaged, and if it differs from that of the run.
+TRAIN_AGAIN = "restore the file, or train again"
+RESTORE = "restore it (if it moved, give its flag), or start a new run"
 
 
 class Model(NamedTuple):
@@ -147,19 +149,18 @@ class Run:
             del identity[name]
         return json.loads(json.dumps(identity))
 
-    def require_same(self, **found: Any) -> None:
-        """Raise UserError if a part of the identity differs from what is found now."""
-        self._compare(
-            found, self.path, "restore it (if it moved, give its flag), or start a new run"
-        )
+    def require_same(
+        self, found: dict[str, Any], path: Path | None = None, remedy: str = RESTORE
+    ) -> None:
+        """Raise UserError if a part of the identity differs from what is found now.
 
-    def _compare(self, found: dict[str, Any], path: Path, remedy: str) -> None:
-        """Raise UserError if a value that was found at `path` is not that of the run."""
+        path: the file in which it was found; without it the message names the folder of the run.
+        """
         identity = self.identity
         for name, value in found.items():
             if value != identity.get(name):
                 raise UserError(
-                    f"{path}: {name} is {value!r:.60}, but the run has "
+                    f"{path or self.path}: {name} is {value!r:.60}, but the run has "
                     f"{identity.get(name)!r:.60}; {remedy}"
                 )
 
@@ -178,7 +179,7 @@ class Run:
                 for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # of a killed process
                     incomplete.unlink()
                 if config_path.exists():
-                    read_run(self.path).require_same(**self.identity)
+                    read_run(self.path).require_same(self.identity)
                 else:
                     names = ("metrics.jsonl", "progress.pt", "adapter.safetensors", "scores.json")
                     paths = [self.path / name for name in names]
@@ -223,7 +224,7 @@ class Run:
             state = checkpoint.read_torch(path)
             with program.reading(path, TRAIN_AGAIN):
                 identity = dict(state["run"])
-            self._compare(identity, path, TRAIN_AGAIN)
+            self.require_same(identity, path, TRAIN_AGAIN)
             with program.reading(path, TRAIN_AGAIN):
                 adapters.load_state_dict(state["adapters"])
                 optimizer.load_state_dict(state["optimizer"])
@@ -261,7 +262,7 @@ class Run:
         state, metadata = checkpoint.read_safetensors(path)
         with program.reading(path, TRAIN_AGAIN):
             identity = dict(json.loads(metadata["run"]))
-        self._compare(identity, path, TRAIN_AGAIN)
+        self.require_same(identity, path, TRAIN_AGAIN)
         return state
 
 
@@ -270,7 +271,9 @@ def class_of(adapters: Adapters) -> str:
 
     The router's class is part of it since programs in experiments/ put in routers of their own.
     """
-    return f"{adapters.kind or type(adapters).__name__}, {type(adapters.router).__name__}"
+    method = type(adapters)
+    # baselines.load_method gives a `kind` to a method from a file.
+    return f"{getattr(method, 'kind', method.__name__)}, {type(adapters.router).__name__}"
 
 
 def new_folder(name: str) -> Path:
@@ -380,11 +383,12 @@ def load(
     best = run.read_best()  # a damaged file must fail before adapters take memory
     settings = replace(run.settings, model=str(model or run.settings.model))
     loaded = build(settings, device, len(run.facts["tasks"]), attach_function, shard)
-    run.require_same(
-        base=loaded.base.fingerprint,
-        tokenizer=loaded.tokenizer.fingerprint,
-        method_class=class_of(loaded.adapters),
-    )
+    found = {
+        "base": loaded.base.fingerprint,
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "method_class": class_of(loaded.adapters),
+    }
+    run.require_same(found)
     with program.reading(run.path / "adapter.safetensors", TRAIN_AGAIN):
         loaded.adapters.load_state_dict(best)
     loaded.adapters.eval()

@@ -67,10 +67,6 @@ class DataConfig:
         program.check(self, max_source_length=2, max_target_length=2)
         if not 0 <= self.bare_share <= 1:
             raise UserError(f"--bare-share {self.bare_share}: give a number from 0 to 1")
-        if Path(self.data).is_file() and not self.is_jsonl:
-            raise UserError(
-                f"{self.data}: not .jsonl; write one JSON object per line into a .jsonl"
-            )
 
     @property
     def is_jsonl(self) -> bool:

@@ -61,7 +61,6 @@ class Tokenizer:
     unknown_id: int | None = None  # T5: it stands for characters that have no piece
     target_prefix = ""  # put before a spaced target: the space that `sources` removes
     fingerprint: str  # 64 hex digits of the file and the options that the ids depend on
-    version: str  # of the package that makes the ids
 
     def __init__(self, path: Path):
         self.path = path
@@ -101,7 +100,6 @@ class Tokenizer:
 class T5Tokenizer(Tokenizer):
     """T5's SentencePiece model. 100 sentinels follow its pieces; the last is <extra_id_0>."""
 
-    version = sentencepiece.__version__
     eos_ids = (1,)
 
     def _setup(self, content):
@@ -153,7 +151,6 @@ class JsonTokenizer(Tokenizer):
     def _setup(self, content):
         with reading(self.path, "pip install tokenizers"):
             import tokenizers  # optional: T5 does not need it
-        self.version = tokenizers.__version__
         eos = self._read_eos()
 
         with reading(self.path, REMEDY):

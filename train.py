@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 import data
 import eval as evaluation
+import kernels
 from baselines import (
     LoRA,
     MoELoRA,
@@ -163,7 +164,8 @@ def load_start(run: Run, adapters: Adapters) -> None:
     names = ["base", "tokenizer", "method_class", "extra_rank", *vars(OrchMoEConfig())]
     if not isinstance(adapters, OrchMoE | LoRA | MoELoRA):
         names.append("tasks")  # the method may have weights for each task
-    start.require_same(**{name: run.identity[name] for name in names})
+    remedy = "a run that starts from it needs the same"
+    start.require_same({name: run.identity[name] for name in names}, remedy=remedy)
     adapters.load_state_dict(start.read_best())
 
 
@@ -208,7 +210,7 @@ def routing_noise(adapters: Adapters, seed: int, step: int, rows: Sequence[int])
     if adapters.noise_shape is None:
         return None
     noise = []
-    for row in rows or [0]:  # a process without rows has a dummy row, see Batch.split
+    for row in rows or [0]:  # a process without rows has a dummy row, see data.shares
         generator = runtime.generator(seed, step, row)
         noise.append(torch.rand(adapters.noise_shape, generator=generator))
     return torch.stack(noise)
@@ -333,7 +335,7 @@ def train(
     base, adapters, _ = model
     require_sets_fit(base, sets, settings.max_new_tokens)
     if settings.compile == "on":
-        base.compile_blocks()
+        kernels.compile_blocks(base.blocks)
     optimizer = make_optimizer(adapters, settings)
     run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
     # A saved state has the weights, so that the run in --start may be gone.

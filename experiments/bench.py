@@ -411,7 +411,7 @@ def our_step(
     else:
         adapters = our_adapters(setup, base, method)
     if compiled:
-        base.compile_blocks(setup.choose("eager", "inductor"))
+        kernels.compile_blocks(base.blocks, setup.choose("eager", "inductor"))
 
     def backward(batch):
         with evaluation.routed(base, adapters, batch):

@@ -158,7 +158,7 @@ def mean_routing(
     if config.data:
         data_config = replace(data_config, data=config.data)
     dev = data.require_set(data.load_sets(data_config, tokenizer), "dev", data_config)
-    run.require_same(**dev.facts, train_tasks=dev.digest)
+    run.require_same(dev.facts | {"train_tasks": dev.digest})
     return evaluation.router_weights(base, adapters, dev).mean(dim=0)
 
 

@@ -82,7 +82,7 @@ def load(run_dir: str | Path, *, model: str = "", moved_data: str = "") -> Loade
     sets = data.load_sets(data_config, tokenizer)
     data.require_set(sets, "train", data_config)
     found = {f"{name}_tasks": sets[name].digest for name in ("train", "test") if name in sets}
-    run.require_same(**sets["train"].facts, **found)
+    run.require_same(sets["train"].facts | found)
     if "test" in sets:
         sets["unseen"] = sets["test"]
     return Loaded(base, adapters, tokenizer, run, data_config, sets)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import kernels
 from device import fake_cuda
 from device.fake_cuda import BLOCKS, ONE_BLOCK
 from experiments.computed import allocate
@@ -66,7 +67,7 @@ def count_kernels(name):
         mask = torch.ones(ROWS, SOURCE, dtype=torch.bool, device="cuda")
         with adapters.routed(base.embed(source), mask):
             inputs = fake_cuda.record_inputs(base, source, mask, source[:, :TARGET])[number]
-            base.compile_blocks()
+            kernels.compile_blocks(base.blocks)
             with contextlib.suppress(fake_cuda.Written):
                 base.run_block(base.blocks[number], *inputs)
     return [read_code(code) for code in fake_cuda.written]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import kernels
 import train
 from checkpoint import FAMILY_OF_CONFIG
 from device.fake_cuda import ONE_BLOCK
@@ -65,7 +66,7 @@ def test_a_training_step_is_as_on_the_cpu(small_t5, inputs, device, dtype, metho
     base.checkpoint_blocks = mode == "checkpointed"
     if mode == "compiled":
         torch._dynamo.reset()
-        base.compile_blocks()
+        kernels.compile_blocks(base.blocks)
     for found, wanted in zip(step(base, adapters, inputs), expected, strict=True):
         assert_close(found, wanted, dtype)
 
@@ -77,7 +78,7 @@ def test_few_graphs_serve_all_batches(small_t5, device):
     base, adapters = moved(small_t5.train(), device, torch.float32)
     torch._dynamo.reset()
     counters.clear()
-    base.compile_blocks()
+    kernels.compile_blocks(base.blocks)
     rng = np.random.default_rng(0)
     for rows, source, target in [(1, 40, 8), *rng.integers(2, 64, (15, 3)).tolist()]:
         step(base, adapters, random_batch(2, 37, [source] * rows, [target] * rows))

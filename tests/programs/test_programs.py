@@ -404,11 +404,11 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
-    "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
+    "train.py --data small": "small: no rows in the set dev; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
-    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
+    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no rows in the set test; "
     "give --test OTHER.jsonl, or --split seen",
     # Values.
     "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
@@ -423,7 +423,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
-    f"{TINY} --prompt ' '": "the prompt: the tokenizer has no tokens for the prompt ' '",
+    f"{TINY} --prompt ' '": "the prompt ' ' (row question) has no tokens; change",
     f"{TINY} --ask a\udcff --input word": "--ask is not valid Unicode (lone surrogate)",
     # Flags that have no effect.
     "train.py --method lora --lr-router 1": "--lr-router: has no effect with --method lora; leave",

@@ -134,12 +134,11 @@ def test_the_routings_start_as_stated(small_t5):
 # ---------------------------------------------------------------------------------------- refusals
 
 HEADS = replace(CONFIG, targets=("q", "head"))
-ONE_ROUTING = set(BUILT_IN) - {"lora", "moe-lora"}
 CANNOT_ATTACH = [
     ("loraa", CONFIG, {"num_tasks": T}, "loraa"),
     *((name, CONFIG, {}, "num_tasks") for name in BY_TASK_ID),
     # The head reads the tokens of all samples as one list, so it has no samples to route.
-    *((name, HEADS, {"num_tasks": T}, "targets: head reads") for name in sorted(ONE_ROUTING)),
+    ("orchmoe", HEADS, {}, "targets: head reads"),
 ]
 
 
@@ -147,10 +146,6 @@ CANNOT_ATTACH = [
 def test_a_method_that_cannot_be_attached_is_refused(small_t5, name, config, options, message):
     with refusal(message):
         attach_method(name, small_t5, config, **options)
-
-
-def test_lora_adapts_the_head(small_t5):
-    assert "head" in attach_method("lora", small_t5, HEADS).linears
 
 
 # ------------------------------------------------------------------------------ settings and sizes

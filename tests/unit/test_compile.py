@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import kernels
 import run_folder
 import train
 from baselines import load_method
@@ -19,7 +20,6 @@ from helpers import (
     small_model,
     trace,
 )
-from model import Backbone
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -58,7 +58,7 @@ def check(base, backend, batches=BATCHES, checkpointed=False):
     """Require the numbers of the uncompiled base. Return the number of graphs."""
     expected = losses_and_gradients(copy.deepcopy(base), batches)
     base.checkpoint_blocks = checkpointed
-    base.compile_blocks(backend)
+    kernels.compile_blocks(base.blocks, backend)
     torch.testing.assert_close(losses_and_gradients(base, batches), expected, rtol=1e-6, atol=1e-8)
     return counters["stats"]["unique_graphs"]
 
@@ -107,8 +107,8 @@ def test_the_choice_is_saved_and_only_a_flag_changes_it(copied):
 
 @pytest.mark.slow
 def test_a_run_with_compiled_blocks_is_the_same_run(tmp_path, monkeypatch):
-    eager = functools.partialmethod(Backbone.compile_blocks, "eager")
-    monkeypatch.setattr(Backbone, "compile_blocks", eager)
+    eager = functools.partial(kernels.compile_blocks, backend="eager")
+    monkeypatch.setattr(kernels, "compile_blocks", eager)
 
     def losses(name, flags=""):
         run(f"train.py {SHORT} --steps 4 {flags} --out {name}")

@@ -225,13 +225,6 @@ def test_read_rows_refuses_a_bad_line_in_one_line_that_names_it(tmp_path, proble
         read_rows(path)
 
 
-@pytest.mark.parametrize("name", ["own.csv", "own.json"])
-def test_a_file_of_another_kind_is_refused(tmp_path, name):
-    (tmp_path / name).write_text("prompt,completion\n")
-    with refusal(f"{name}: not .jsonl; write one JSON object per", program.UserError):
-        DataConfig(data=str(tmp_path / name))
-
-
 def prompts_by_set(tmp_path, rows, train_limit=None):
     """Return {set: prompts in order} of a file of these rows, and the facts about it."""
     path = write_rows(tmp_path / "own.jsonl", rows)
