@@ -140,14 +140,15 @@ def test_a_linear_returns_its_own_output_plus_the_skills_and_only_they_train(kin
 
 
 def test_hooks_act_with_skills_and_without():
+    """A hook on the output gets it with skills."""
     base, twin = net(), net()
     for model in (base, twin):
         model.q.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
-        model.q.register_forward_hook(lambda _module, _args, y: y + 1)
+        model.q.register_forward_hook(lambda _module, _args, y: 3 * y)
     adapters = attached(base)
     with adapters.routed(X) as routing:
         base.v(X)
-        expected = twin.q(X) + skills(base, "q", 2 * X, routing.c[0])
+        expected = twin.q(X) + 3 * skills(base, "q", 2 * X, routing.c[0])
         torch.testing.assert_close(base.q(X), expected, **CLOSE)
     with adapters.disabled():
         assert torch.equal(base(X), twin(X))
