@@ -14,7 +14,7 @@ Test: pytest tests/unit/test_eval.py tests/programs/test_programs.py
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -44,7 +44,7 @@ def routed(
 ) -> AbstractContextManager[Routing]:
     """Return a context manager that routes the batch by its sources or its task ids.
 
-    The batch may be on the CPU: a copy of it on the device of the base is read.
+    The batch may be on the CPU. A copy of it goes to the device of the base.
     """
     on_device = batch.to(base.device)
     return adapters.routed(
@@ -66,8 +66,8 @@ def routed_batches(
     """Yield (rows, batch, routing) for each batch of this process, while its routing is active.
 
     rows: indices of the batch into `examples`. They are empty if the batch is a dummy, see
-    data.shares; so zip drops what is computed from it. w (M,K): weights of the abstract tasks to
-    use instead of the router's.
+    data.shares, so that a caller's zip(rows, ...) drops its results. w (M,K): weights of the
+    abstract tasks to use instead of the router's.
     """
     base.eval()
     rank, ranks = program.rank(), program.world_size()
@@ -230,8 +230,8 @@ def score_rows(
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the predictions and the scores of the examples."""
     base, adapters, tokenizer = model
-    lengths = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    predictions = predict(base, adapters, examples, tokenizer, **lengths)
+    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    predictions = predict(base, adapters, examples, tokenizer, **limits)
     losses = measure(base, adapters, examples, batch_size=batch_size)
     return predictions, score(examples, predictions, metric_rules, losses)
 
@@ -264,7 +264,7 @@ class EvalConfig:
     max_new_tokens: int = 0  # longest answer (0: 127, or more if the run trained on longer targets)
     gpu: int | None = None  # number of the GPU (default: 0, if there is one)
     device: Literal["cpu", ""] = ""  # use the CPU even if there is a GPU
-    dtype: runtime.DtypeChoice = "auto"  # dtype of the base (auto: that of the run, or the faster)
+    dtype: runtime.DtypeChoice = "auto"  # dtype of the base; auto: the faster (default: the run's)
     shard: bool = False  # split the frozen base over the processes of torchrun
 
     def __post_init__(self) -> None:
@@ -288,7 +288,7 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
         row = row_of_prompt(config.prompt)
     else:
         row = row_of_question(config.ask, config.input, tokenizer, data_config)
-        # T5 drops the final empty line. A user who gives --input wants the form of an instruction.
+        # Only decoders read the final empty line. --input belongs to the form of an instruction.
         rows_are_prompts = run is not None and not run.facts.get("instructions", True)
         if rows_are_prompts and tokenizer.one_row and not config.input:
             program.warn(
@@ -296,7 +296,7 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
                 "empty line; give --prompt to ask in their form"
             )
     example = data.example_of(row, tokenizer, data_config)
-    length = config.max_new_tokens or data_config.max_new_tokens
+    length = config.max_new_tokens
     [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=length)
     program.print_line(f"answer: {text or '(empty)'}")
 
@@ -314,8 +314,8 @@ def rows_of_split(
 ) -> list[Example]:
     """Return the examples of --split, with the task ids of the run.
 
-    The task files must be those of the run, since in others rows that trained may be held out. Only
-    for the test set may flags name other files.
+    The task files must be those of the run: others are split differently, so that rows which
+    trained could be scored. Only for the test set may flags name other files.
     """
     is_test = config.split == "test"
     sets = data.load_sets(data_config, tokenizer, only_test=is_test)
@@ -349,7 +349,7 @@ def score_split(
             examples,
             data_config.metric_rules,
             batch_size=config.batch_size,
-            max_new_tokens=config.max_new_tokens or data_config.max_new_tokens,
+            max_new_tokens=config.max_new_tokens,
         )
         if program.rank() == 0:
             with program.atomic_write(predictions_path) as file:
@@ -365,8 +365,8 @@ def score_split(
 
 
 def main() -> None:
-    # Settings. A run has its own data settings, which flags override. Its --test belongs to its own
-    # --data, and no other split reads it.
+    # Settings. A run has its own data settings, which flags override. Its --test is dropped if
+    # --data names other rows, or if another split is scored.
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
     if config.method:
@@ -385,8 +385,11 @@ def main() -> None:
         unread["input"] = "without --ask"
     if not config.run:
         unread["method"] = "without --run"
+    if config.split != "test":
+        unread["test"] = f"with --split {config.split}"
     if config.ask or config.prompt:
-        unread |= dict.fromkeys(("split", "limit", "out", "batch_size"), "with a question")
+        of_rows = ("split", "limit", "out", "batch_size", "num_pos", "num_neg", "explanation")
+        unread |= dict.fromkeys(of_rows, "with a question")
     else:
         program.require_new(config.results, "choose another --out")
     program.refuse_unread(flags, unread)
@@ -396,6 +399,11 @@ def main() -> None:
     base_folder = config.model or settings.model
     device = runtime.pick_device(config.gpu, config.device, dtype, base=base_folder)
     program.print_line(device.description)
+    config = replace(  # scores.json says what was used
+        config,
+        dtype=runtime.dtype_name(device.dtype),
+        max_new_tokens=config.max_new_tokens or data_config.max_new_tokens,
+    )
     with runtime.distributed(device.torch_device, config.shard):
         model = run_folder.load(device, run_dir=config.run, model=config.model, shard=config.shard)
         if config.ask or config.prompt:

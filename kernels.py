@@ -35,7 +35,7 @@ def mix_skills(x: Tensor, y: Tensor, A: Tensor, B: Tensor, c: Tensor, scale: flo
         c = c.unsqueeze(1)  # (B,1,S): the same for all tokens
     h = F.linear(x, A.flatten(0, 1))  # (B,L,S R): all A_s x, one skill after the other
     ch = c.unsqueeze(-1) * h.unflatten(-1, (S, R))  # (B,L,S,R): c_s A_s x
-    ch = ch.view(-1, S * R)  # (B L,S R)
+    ch = ch.reshape(-1, S * R)  # (B L,S R)
     mixed = torch.addmm(y.flatten(0, 1), ch, B.flatten(0, 1), alpha=scale)  # (B L,O)
     return mixed.view(y.shape)
 

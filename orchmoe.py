@@ -77,7 +77,7 @@ class OrchMoEConfig:
 class Routing(NamedTuple):
     """The result of routing one batch. Linear n mixes its skills with the weights c[n]."""
 
-    c: Tensor  # (N,B,S), or (N,1,S) if all samples share it
+    c: Tensor  # (N,B,S), or (N,1,S) if all samples share it; for other Skills see shape_of_c
     w: Tensor | None = None  # (B,K), or (K,) if all samples share it
     shared: bool = False  # whether all samples share c, so that it fits any batch
 
@@ -199,7 +199,7 @@ def spherical_kmeans(points: Tensor, k: int, generator: Generator | None = None)
     points = F.normalize(points, dim=-1)
 
     # k-means++ start: points far from all picked points are more likely to be picked. A distance is
-    # 1 - cosine, capped at 1. It runs on the CPU, like the generator. The clamp keeps the sum
+    # 1 - cosine, capped at 1. The draw is on the CPU, like the generator. The clamp keeps the sum
     # positive when all points are equal.
     distance = torch.ones(len(points), device="cpu")
     picks = []
@@ -244,7 +244,7 @@ class Skills(nn.Module):
     The Linear stays as it is. It calls `hook` after its forward, and returns what that returns.
     """
 
-    is_linear = True  # one c makes the skills one matrix, which `folded` adds to the weight
+    is_linear = True  # whether one c makes the skills one matrix, as `folded` needs
 
     def __init__(
         self,
@@ -405,7 +405,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
             routing = self.route(embeddings, mask, w=w, noise=noise, task_ids=task_ids)
             self._require_routing(routing, embeddings)
             c_of_all = routing.c
-            if embeddings is not None:  # of the base's dtype, so cast once for all Linears
+            if embeddings is not None:  # cast to the base's dtype here, once for all Linears
                 c_of_all = c_of_all.to(embeddings.dtype)
             for skills, c in zip(self.skills.values(), c_of_all.unbind(0), strict=True):
                 # Faster than `skills.c = c`, a call of nn.Module.__setattr__.
@@ -521,7 +521,7 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
     def _folded_weights(self, **options: Any) -> dict[nn.Linear, nn.Parameter]:
         """Return W0 + scale * sum_s c_s B_s A_s of each Linear."""
         if not self.skills_class.is_linear:
-            raise ValueError("with a token router every token has its own w, so nothing is folded")
+            raise ValueError("with a token router every token has its own c, so nothing is folded")
         weights = {}
         pairs = zip(self.linears.items(), self.skills.values(), strict=True)
         with self.routed(**options) as routing:

@@ -17,7 +17,7 @@ Test: pytest tests/unit/test_run_folder.py tests/programs/test_faults.py
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -78,7 +78,7 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
     """All settings of a run. Each field is a flag, and a key of config.json."""
 
     def __post_init__(self) -> None:
-        # Python calls only the first parent's __post_init__. Making each part runs its checks.
+        # This takes the place of those of the parts, whose checks run when a part is made.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
             self.part(part)
 
@@ -88,8 +88,8 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
 
 
 PATHS = {"model", "data", "test"}  # a resumed run may find the same files elsewhere
-# A run may be resumed with other values of these. The facts identify the files, progress.pt has the
-# weights that came from --start, and another machine may have no compiler.
+# These are no part of the identity of a run: the facts identify the files at the paths, progress.pt
+# has the weights that came from --start, and another machine may have no compiler.
 NOT_BOUND = {*PATHS, "start", "compile"}
 RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("lr_")}
 
@@ -107,7 +107,8 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
-# What helps if a file is damaged, and if it differs from that of the run.
+# What helps if a file of the folder is damaged or of another run, and if the base, the data or the
+# method has changed.
 TRAIN_AGAIN = "restore the file, or train again"
 RESTORE = "restore it (if it moved, give its flag), or start a new run"
 
@@ -267,13 +268,9 @@ class Run:
 
 
 def class_of(adapters: Adapters) -> str:
-    """Return a name for what computes the routing: the classes of the method and of its router.
-
-    The router's class is part of it since programs in experiments/ put in routers of their own.
-    """
+    """Return a name for the class of the method. That of a method from a file has its digest."""
     method = type(adapters)
-    # baselines.load_method gives a `kind` to a method from a file.
-    return f"{getattr(method, 'kind', method.__name__)}, {type(adapters.router).__name__}"
+    return getattr(method, "kind", method.__name__)  # see baselines.load_method
 
 
 def new_folder(name: str) -> Path:
@@ -306,16 +303,14 @@ def read_run(run_dir: str | Path) -> Run:
         return Run(Path(run_dir), settings, dict(values["facts"]))
 
 
-def attach_adapters(
-    settings: Settings, base: Backbone, num_tasks: int, attach_function: Callable[..., Adapters]
-) -> Adapters:
+def attach_adapters(settings: Settings, base: Backbone, num_tasks: int) -> Adapters:
     """Attach the adapters of a run, with their initial values. Raise UserError if they do not fit.
 
     The seed fixes the initial values, so that `load` draws them again, also those that are not
     saved.
     """
     with program.checking_settings():
-        return attach_function(
+        return attach_method(
             settings.method,
             base,
             settings,
@@ -326,17 +321,12 @@ def attach_adapters(
 
 
 def build(
-    settings: Settings,
-    device: runtime.Device,
-    num_tasks: int,
-    attach_function: Callable[..., Adapters] = attach_method,
-    shard: bool = False,
+    settings: Settings, device: runtime.Device, num_tasks: int | None, shard: bool = False
 ) -> Model:
     """Return the frozen base of a run, its adapters at their initial values, and its tokenizer.
 
-    num_tasks: number of training tasks. attach_function: a function like baselines.attach_method,
-    for studies that change the routing. shard: split the base over the processes of torchrun. Raise
-    UserError if the tokenizer or the adapters do not fit.
+    num_tasks: number of training tasks, None for a base without adapters. shard: split the base
+    over the processes of torchrun. Raise UserError if the tokenizer or the adapters do not fit.
     """
     tokenizer = load_tokenizer(settings.model)
     base = checkpoint.load(settings.model, dtype=None)  # its weights are views of the files
@@ -350,15 +340,13 @@ def build(
     base.checkpoint_blocks = settings.checkpoint_blocks
     if not shard:  # runtime.shard moves one block at a time
         base.to(device.torch_device, device.dtype)
-    adapters = attach_adapters(settings, base, num_tasks, attach_function)
+    if num_tasks is None:
+        adapters = without_adapters(base)
+    else:
+        adapters = attach_adapters(settings, base, num_tasks)
     if shard:
         runtime.shard(base, base.blocks, device)
     return Model(base, adapters, tokenizer)
-
-
-def attach_nothing(method: str, base: Backbone, config: OrchMoEConfig, **options: Any) -> Adapters:
-    """Take the place of baselines.attach_method for a bare model."""
-    return without_adapters(base)
 
 
 def load(
@@ -367,22 +355,20 @@ def load(
     run_dir: str | Path = "",
     model: str | Path = "",
     shard: bool = False,
-    attach_function: Callable[..., Adapters] = attach_method,
 ) -> Model:
     """Load the result of a run, in eval mode: its best adapters on its base.
 
     Without a run, load the model in the folder `model` as it is. With a run, `model` is the new
-    folder of its base, if that has moved. For shard and attach_function see `build`. Raise
-    UserError if the base, tokenizer, method or adapter is not the one of the run.
+    folder of its base, if that has moved. For shard see `build`. Raise UserError if the base,
+    tokenizer, method or adapter is not the one of the run.
     """
     if not run_dir:
-        settings = Settings(model=str(model))
-        return build(settings, device, 0, attach_function=attach_nothing, shard=shard)
+        return build(Settings(model=str(model)), device, num_tasks=None, shard=shard)
 
     run = read_run(run_dir)
     best = run.read_best()  # a damaged file must fail before adapters take memory
     settings = replace(run.settings, model=str(model or run.settings.model))
-    loaded = build(settings, device, len(run.facts["tasks"]), attach_function, shard)
+    loaded = build(settings, device, len(run.facts["tasks"]), shard)
     found = {
         "base": loaded.base.fingerprint,
         "tokenizer": loaded.tokenizer.fingerprint,

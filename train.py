@@ -27,13 +27,7 @@ from torch.optim import Optimizer
 import data
 import eval as evaluation
 import kernels
-from baselines import (
-    LoRA,
-    MoELoRA,
-    attach_method,
-    count_parameters,
-    load_method,
-)
+from baselines import LoRA, MoELoRA, count_parameters, load_method
 from data import Example, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig
@@ -137,7 +131,7 @@ def facts_of(model: Model, settings: Settings, sets: dict[str, Examples]) -> dic
         "method_class": class_of(model.adapters),
         "train_tasks": sets["train"].digest,
         "test_tasks": sets["test"].digest if "test" in sets else "",
-        # Last: if other facts differ, too, a message names those and not the beginning of a list.
+        # Last, so that a message names one of the short facts first.
         **sets["train"].facts,
         "tasks": list(sets["train"].tasks),
     }
@@ -250,8 +244,8 @@ def train_step(
     size = math.ceil(len(examples) / settings.accumulate)
     for rows, micro_batch in data.shares(examples, size, program.rank(), program.world_size()):
         noise = routing_noise(adapters, settings.seed, step, rows)
-        # `routed` copies the batch to the device. base.loss takes it on the CPU, where it finds the
-        # label positions without waiting for the forward pass on a GPU.
+        # evaluation.routed copies the batch to the device. base.loss takes it on the CPU, where it
+        # finds the label positions without waiting for the forward pass on a GPU.
         with evaluation.routed(base, adapters, micro_batch, noise=noise):
             micro_loss = base.loss(
                 micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels
@@ -315,12 +309,10 @@ def train(
     launch: LaunchConfig = LaunchConfig(),
     *,
     say: Callable[[str], None] = program.print_line,
-    attach_function: Callable[..., Adapters] = attach_method,
 ) -> Run | None:
-    """Train from the start, or from progress.pt in launch.out. Return None if a signal stopped it.
+    """Train from step 0, or from progress.pt in launch.out. Return None if a signal stopped it.
 
-    say: prints a line. attach_function: a function like baselines.attach_method. Studies replace
-    both.
+    say: prints a line. Studies replace it.
     """
     # Build: the data, the frozen base with its adapters, the optimiser.
     data_config = settings.part(DataConfig)
@@ -331,14 +323,14 @@ def train(
     train_set = sets["train"]
     dev = data.subsample(sets["dev"], settings.eval_instances)
     settings = replace(with_steps(settings, train_set), dtype=runtime.dtype_name(device.dtype))
-    model = build(settings, device, len(train_set.tasks), attach_function, launch.shard)
+    model = build(settings, device, len(train_set.tasks), launch.shard)
     base, adapters, _ = model
     require_sets_fit(base, sets, settings.max_new_tokens)
     if settings.compile == "on":
         kernels.compile_blocks(base.blocks)
     optimizer = make_optimizer(adapters, settings)
     run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
-    # A saved state has the weights, so that the run in --start may be gone.
+    # progress.pt has the weights, so that the run in --start may be gone then.
     if not (launch.out and (run.path / "progress.pt").exists()):
         if settings.start:
             load_start(run, adapters)
@@ -348,7 +340,7 @@ def train(
         run.path = new_folder(f"runs/{settings.method}")
 
     with run.open(), program.stop_signals(say) as stop_requested:
-        # Resume or begin. Skills that were loaded stay the best until a step is better on dev.
+        # Resume or begin. With --start the loaded skills are the best so far.
         progress = run.resume(adapters, optimizer)
         runtime.broadcast(adapters.state_dict().values())  # so that all ranks have equal weights
         if progress is None:
@@ -402,7 +394,7 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
     held_out = held_out_sets(sets, settings.eval_instances)
     del held_out["dev"]  # it chose the weights
     run_dirs = {"frozen base": ""}
-    if settings.start and Path(settings.start).exists():  # it may be gone
+    if settings.start and Path(settings.start, "adapter.safetensors").exists():  # it may be gone
         run_dirs["start"] = settings.start
     run_dirs[settings.method] = run.path
 

@@ -15,7 +15,6 @@ Linears, S skills, R rank, M samples.  Test: pytest tests/repo/test_annotate.py
 import base64
 import hashlib
 import math
-import re
 import tempfile
 import textwrap
 from collections.abc import Iterable
@@ -39,7 +38,6 @@ from baselines import attach_method
 from experiments.compare.study import router_report
 from experiments.explorer import explorer
 from experiments.explorer.explorer import Loaded, rounded, rows_by_task
-from orchmoe import Adapters
 from support import program, runtime
 
 LISTED = 12  # samples of each task whose w is listed
@@ -152,23 +150,18 @@ def train_again(
     """Train with these changes of the settings. Return {step: state of the adapters}."""
     settings = loaded.run.settings
     settings = replace(settings, eval_every=settings.steps // STOPS, **changes)
-    attached = []
-
-    def attach(*inputs: Any, **options: Any) -> Adapters:
-        attached.append(attach_method(*inputs, **options))
-        return attached[0]
-
     states = {}
 
-    def copy_state(line: str) -> None:
-        """Copy the state of the adapters when train.py says that it has evaluated them."""
-        if match := re.match(r"step (\d+) of", line):
-            state = attached[0].state_dict()
-            states[int(match[1])] = {name: value.clone() for name, value in state.items()}
+    def keep_state(_line: str = "") -> None:
+        """Keep the state in progress.pt. train.py saves it after each evaluation."""
+        if (folder / "progress.pt").exists():
+            saved = checkpoint.read_torch(folder / "progress.pt")
+            states[saved["progress"]["next_step"]] = saved["adapters"]
 
     device = runtime.pick_device(device="cpu", dtype=settings.dtype)
     launch = train.LaunchConfig(out=str(folder))
-    train.train(settings, device, launch, say=copy_state, attach_function=attach)
+    train.train(settings, device, launch, say=keep_state)  # a line comes before each saving
+    keep_state()
     return states
 
 

@@ -57,12 +57,10 @@ FIRST_SEED = 300  # draw i has the seed 300 + i
 ROWS = {
     "orchmoe": Variant(),
     "frozen router": Variant({"lr_router": 0.0}, like="orchmoe"),
-    "true task": Variant(like="orchmoe", replaced_router="task"),
+    "true task": Variant({"method": "Oracle"}, like="orchmoe"),
     "orchmoe, factors": Variant({"method": "orchmoe-factors"}),
-    "true task, factors": Variant(
-        {"method": "orchmoe-factors"}, like="orchmoe, factors", replaced_router="task, factors"
-    ),
-    "mhr": Variant({"method": "mhr"}, replaced_router="no noise"),
+    "true task, factors": Variant({"method": "OracleOfFactors"}, like="orchmoe, factors"),
+    "mhr": Variant({"method": "QuietMHR"}),
     "lora": Variant({"method": "lora"}),
 }
 # MoE-LoRA has no cells. It is the largest row with rank 1, so it sets the size of all others.
@@ -329,7 +327,7 @@ def cells_of_draw(study: Study, seed: int) -> list[Cell]:
     extra_rank = extra_rank_of_true_task(study)
     rows = {}
     for name, row in ROWS.items():
-        if row.replaced_router in ("task", "task, factors"):
+        if name.startswith("true task"):
             row = row._replace(settings={**row.settings, "extra_rank": extra_rank})
         rows[name] = row
     return study.cells("cells", rows, {"data": folder}, [seed], "replicate")

@@ -46,7 +46,6 @@ from baselines import (
     load_method,
     method_class,
 )
-from experiments.compare.routers import attach_with
 from experiments.compare.study import (
     Cell,
     Study,
@@ -78,8 +77,8 @@ ABLATIONS = {
     "default": Variant(),
     "w replaced by its mean": Variant(w="mean", run=DEFAULT_RUN),
     "w of another sample": Variant(w="other", run=DEFAULT_RUN),
-    "router: random": Variant(replaced_router="random"),
-    TOLD_THE_TASK: Variant(replaced_router="task"),
+    "router: random": Variant({"method": "RandomRouting"}),
+    TOLD_THE_TASK: Variant({"method": "Oracle"}),
     **{name: Variant({"method": name}) for name in VARIANTS},
     "allocation start: sd 1": Variant({"allocation_std": 1.0}),
     "allocation start: sd 0.001": Variant({"allocation_std": 1e-3}),
@@ -155,7 +154,7 @@ def require_possible(study: Study, rows: dict[str, Variant]) -> None:
         settings = study.settings_of(name, row, {})
         _, num_tasks = facts_of(settings.part(DataConfig), settings.model)
         base = checkpoint.on_meta(checkpoint.read_config(settings.model))
-        run_folder.attach_adapters(settings, base, num_tasks, attach_with(row.replaced_router))
+        run_folder.attach_adapters(settings, base, num_tasks)
 
 
 def print_plan(

@@ -1,29 +1,21 @@
-"""What studies put in place of a method's router.
+"""Methods of studies alone: OrchMoE with another router, and MHR without noise.
 
-`attach_with` returns a function like baselines.attach_method. train.train and run_folder.load take
-it as `attach_function`:
-
-    attach_function = attach_with("random")
-    train.train(settings, device, launch, attach_function=attach_function)
-    loaded = run_folder.load(device, run_dir=launch.out, attach_function=attach_function)
-
-A run says which classes its method and its router have. So eval.py and integrations/export.py,
-which know only the learnt router, refuse a run in which something was replaced.
+They are methods from a file, which is this one, and study.py loads them. To score the run of one,
+give eval.py its name: --method experiments/compare/routers.py:Oracle
 
 Letters: B batch, D width, K abstract tasks, T training tasks.
 Test: pytest tests/experiments/test_compare.py
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from baselines import MHR, attach_method
-from orchmoe import Adapters, OrchMoE, OrchMoEConfig, Routing, TaskRouter, scale_for_entropy
+from baselines import MHR
+from orchmoe import OrchMoE, OrchMoEConfig, Routing, TaskRouter, scale_for_entropy
 from variants import FactorSkills
 
 
@@ -109,25 +101,3 @@ class QuietMHR(MHR):
     """MHR that trains without noise, which is one of its authors' settings."""
 
     noisy = False
-
-
-REPLACED = {
-    "random": RandomRouting,
-    "task": Oracle,
-    "task, factors": OracleOfFactors,
-    "no noise": QuietMHR,
-}
-
-
-def attach_with(name: str) -> Callable[..., Adapters]:
-    """Return a function like attach_method with the change `name`. With "" nothing changes.
-
-    random: see RandomRouter. task: see Oracle. task, factors: see OracleOfFactors. no noise: see
-    QuietMHR.
-    """
-
-    def attach(method: str, module: nn.Module, config: OrchMoEConfig, **options: Any) -> Adapters:
-        changed = REPLACED[name] if name else method
-        return attach_method(changed, module, config, **options)
-
-    return attach

@@ -48,7 +48,7 @@ import run_folder
 import tokenizer as tokenizers
 import train
 from baselines import OWN_METHODS, count_parameters, load_method, settings_of_method
-from experiments.compare.routers import attach_with
+from experiments.compare import routers
 from experiments.compare.search import AXES, Search
 from experiments.compare.sizes import equal_ranks
 from model import Backbone
@@ -57,6 +57,10 @@ from run_folder import unread_settings
 from support import program, runtime
 from support.program import UserError
 from tasks import DataConfig
+
+# What only studies use: methods from a file, in every process of a study.
+for _name in ("RandomRouting", "Oracle", "OracleOfFactors", "QuietMHR"):
+    load_method(f"{routers.__file__}:{_name}")
 
 # SETTINGS are the flags of train.py that a study accepts. FIXED are those that it sets itself.
 SETTINGS = (train.TrainConfig, DataConfig, OrchMoEConfig)
@@ -73,7 +77,6 @@ class Variant(NamedTuple):
 
     settings: dict[str, Any] = {}  # fields of train.Settings
     like: str = ""  # row whose size and tuned values it takes (default: its own)
-    replaced_router: str = ""  # what replaces the router, see routers.attach_with
     w: Literal["", "mean", "other"] = ""  # replaces w at evaluation, see `replaced_w`
     run: str = ""  # run that it scores; {seed} is filled in (default: its own)
     trains: bool = True  # whether it has adapters; otherwise the row is the frozen base
@@ -196,7 +199,7 @@ class Cell(NamedTuple):
         values = json.loads(json.dumps(vars(self.settings)))  # as JSON has them
         for name in run_folder.PATHS:
             values.pop(name, None)
-        return {**values, "replaced_router": self.row.replaced_router, **self.facts}
+        return {**values, **self.facts}
 
     def require_same(self) -> None:
         """Raise UserError if its file or its run was made with other settings.
@@ -285,9 +288,7 @@ def train_and_score(cell: Cell, device: runtime.Device) -> dict[str, Any] | None
         program.write_json(cell.folder / "cell.json", {"settings": cell.made_with()})
         if read_progress(cell.folder).get("next_step", 0) < cell.settings.steps:
             launch = train.LaunchConfig(out=str(cell.folder))
-            attach_function = attach_with(cell.row.replaced_router)
-            options = {"say": say_nothing, "attach_function": attach_function}
-            if train.train(cell.settings, device, launch, **options) is None:
+            if train.train(cell.settings, device, launch, say=say_nothing) is None:
                 return None
         require_promised(cell, run_folder.read_run(cell.folder).facts)
         if not cell.row.w:
@@ -346,10 +347,7 @@ def score(cell: Cell, device: runtime.Device) -> dict[str, Any]:
     result = {}
     gc.collect()  # frees the base that trained
     if cell.row.trains:
-        attach_function = attach_with(cell.row.replaced_router)
-        base, adapters, tokenizer = run_folder.load(
-            device, run_dir=cell.folder, attach_function=attach_function
-        )
+        base, adapters, tokenizer = run_folder.load(device, run_dir=cell.folder)
         result["parameters"] = count_parameters(adapters)
     else:
         base, adapters, tokenizer = run_folder.load(device, model=settings.model)
@@ -400,9 +398,7 @@ def w_before_training(
 ) -> Tensor:
     """Return w (M,K) of the M dev instances before training, after attaching the adapters again."""
     settings = cell.settings
-    attach_function = attach_with(cell.row.replaced_router)
-    num_tasks = len(train_set.tasks)
-    adapters = run_folder.attach_adapters(settings, base, num_tasks, attach_function)
+    adapters = run_folder.attach_adapters(settings, base, len(train_set.tasks))
     if adapters.router is not None:
         train.fit_router(base, adapters, train_set, settings)
     return evaluation.router_weights(base, adapters, dev, settings.eval_batch_size)

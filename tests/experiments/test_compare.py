@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
+import baselines
 import data
 import eval as evaluation
 import run_folder
@@ -75,7 +76,7 @@ def test_ablation_is_one_difference_at_one_size_and_scale(name, small_t5):
         row = compare.ablation(name, default, num_tasks=5)
         settings = study.changed(default, row.settings)
         assert size_and_scales(settings) == size_and_scales(default)
-    differences = [row.replaced_router, row.w, *compare.ABLATIONS[name].settings]
+    differences = [row.w, *compare.ABLATIONS[name].settings]
     assert len(list(filter(None, differences))) == (name != "default")
 
 
@@ -122,12 +123,11 @@ def test_random_router_depends_only_on_the_sample_and_is_as_sharp_as_a_start(K):
 
 
 def test_random_router_is_another_one_for_each_seed(small_t5):
-    attach_function = routers.attach_with("random")
     drawn = []
     for seed in (0, 0, 1):
         base = copy.deepcopy(small_t5)
-        adapters = attach_function(
-            "orchmoe", base, OrchMoEConfig(), generator=runtime.generator(seed)
+        adapters = attach_method(
+            "RandomRouting", base, OrchMoEConfig(), generator=runtime.generator(seed)
         )
         drawn.append(adapters.router.directions)
     assert torch.equal(drawn[0], drawn[1])
@@ -135,16 +135,15 @@ def test_random_router_is_another_one_for_each_seed(small_t5):
 
 
 def test_oracle_has_an_abstract_task_for_each_task(small_t5):
-    attach_function = routers.attach_with("task")
-    adapters = attach_function("orchmoe", small_t5, OrchMoEConfig(), num_tasks=28)
+    adapters = attach_method("Oracle", small_t5, OrchMoEConfig(), num_tasks=28)
     unseen, *known = adapters.route(task_ids=torch.arange(-1, 28)).w
     assert unseen.tolist() == [pytest.approx(1 / 28)] * 28
     assert torch.equal(torch.stack(known), torch.eye(28))
 
 
-@pytest.mark.parametrize("name", ["random", "task", "task, factors"])
+@pytest.mark.parametrize("name", ["RandomRouting", "Oracle", "OracleOfFactors"])
 def test_weights_that_are_not_read_are_not_counted(name, small_t5):
-    adapters = routers.attach_with(name)("orchmoe", small_t5, OrchMoEConfig(), num_tasks=28)
+    adapters = attach_method(name, small_t5, OrchMoEConfig(), num_tasks=28)
     names = dict(adapters.named_parameters())
     assert [name for name in names if not name.startswith("skills.")] == ["Z"]
 
@@ -159,13 +158,13 @@ def test_a_method_of_a_fixed_size_cannot_get_the_size_of_the_others(small_t5):
 
 
 def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
-    """The programs have the learnt router alone. Its weights would fit, and give other numbers."""
-    attach_function = routers.attach_with("task")
+    """Only studies import the file of its method."""
     launch = train.LaunchConfig(out=str(tmp_path / "task"))
-    run = train.train(train.Settings(**FEW), CPU, launch, attach_function=attach_function)
-    run_folder.load(CPU, run_dir=run.path, attach_function=attach_function)
-    with refusal("method_class is .*, but the run has", UserError):
-        run_folder.load(CPU, run_dir=run.path)
+    run = train.train(train.Settings(**FEW, method="Oracle"), CPU, launch)
+    run_folder.load(CPU, run_dir=run.path)
+    with mock.patch.dict(baselines.OWN_METHODS, clear=True):
+        with refusal("--method Oracle: choose one of", UserError):
+            run_folder.load(CPU, run_dir=run.path)
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -380,13 +379,14 @@ def test_study_run_refuses_before_any_cell_is_made(tmp_path, monkeypatch):
 
 def test_rows_that_change_w_score_the_run_of_the_default(small, home, monkeypatch):
     trained = []
-    forward = routers.RandomRouter.forward
+    router_class = baselines.OWN_METHODS["RandomRouting"].router_class
+    forward = router_class.forward
 
     def watched(self, *inputs):
         trained.append(self.training)
         return forward(self, *inputs)
 
-    monkeypatch.setattr(routers.RandomRouter, "forward", watched)
+    monkeypatch.setattr(router_class, "forward", watched)
     rows = "w replaced by its mean,w of another sample,K = 1,router: random"
     out = run(home, f"{SMALL} --ablations --rows", rows)
     assert "| w replaced by its mean |" in out

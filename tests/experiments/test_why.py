@@ -76,8 +76,8 @@ def test_the_study_ends_in_its_tables(small, tmp_path):
     repeated = program.read_json(kept / "repeated/orchmoe-s300.json")
     assert repeated["seen"] == cells["orchmoe-s300"]["seen"]
     assert cells["frozen_router-s300"]["settings"]["lr_router"] == 0
-    assert cells["mhr-s300"]["settings"]["replaced_router"] == "no noise"
-    assert cells["true_task__factors-s301"]["settings"]["method"] == "orchmoe-factors"
+    assert cells["mhr-s300"]["settings"]["method"] == "QuietMHR"
+    assert cells["true_task__factors-s301"]["settings"]["method"] == "OracleOfFactors"
     for cell in cells.values():
         assert cell["seen"]["tasks"].keys() == set(why.draws()[cell["settings"]["seed"]])
         assert len(cell["unseen"]["tasks"]) == 2

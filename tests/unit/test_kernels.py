@@ -53,10 +53,11 @@ def outputs_and_gradients(function, arguments):
 @forms
 @both
 def test_mix_skills_equals_its_equation(mix, shape):
-    x, *rest = arguments(shape)
-    for x_ in (x, x.mT.contiguous().mT):  # contiguous and not
-        found = outputs_and_gradients(mix, (x_, *rest))
-        expected = outputs_and_gradients(mix_skills_slow, (x_, *rest))
+    x, y, A, B_, c, scale = arguments(shape)
+    turned = [tensor.mT.contiguous().mT for tensor in (x, c)]  # not contiguous
+    for x_, c_ in ((x, c), turned):
+        found = outputs_and_gradients(mix, (x_, y, A, B_, c_, scale))
+        expected = outputs_and_gradients(mix_skills_slow, (x_, y, A, B_, c_, scale))
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

@@ -31,7 +31,7 @@ from support.program import UserError
 FACTS = {
     "base": "0123",
     "tokenizer": "4567",
-    "method_class": "LoRA, NoneType",
+    "method_class": "LoRA",
     "tasks": ["task1_a", "task2_b"],
     "train_tasks": "89ab",
     "test_tasks": "",
