@@ -327,8 +327,8 @@ class Adapters(nn.Identity):  # as a child of an nn.Sequential it is called, and
 
     skills_class = Skills
     settings = frozenset({"skills", "rank", "alpha", "targets"})  # fields of the config it reads
-    # Maps the first part of a parameter's name, in a Linear's skills or else here, to its group:
-    # skills, router, token_router or allocation. Each group has its own learning rate.
+    # {name of an attribute of the Skills or of this class: group of its parameters}. The groups are
+    # skills, router, token_router and allocation. Each has its own learning rate.
     rates = {"A": "skills", "B": "skills"}
     noise_shape: tuple[int, ...] | None = None  # shape of one sample's noise, if training uses it
 

@@ -1,4 +1,4 @@
-"""A run of train.py: its settings, its facts, and the files in its folder.
+"""A run of train.py: its settings, its facts, the files in its folder, and how its model is built.
 
     config.json           the settings, and the facts: fingerprints of the base, the data, ...
     metrics.jsonl         one line for each step, and one for each evaluation
@@ -107,9 +107,9 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
-# What helps if a file of the folder is damaged or of another run, and if the base, the data or the
-# method has changed.
+# What helps if a file of the folder is damaged, or of another run.
 TRAIN_AGAIN = "restore the file, or train again"
+# What helps if the base, the data or the method has changed.
 RESTORE = "restore it (if it moved, give its flag), or start a new run"
 
 

@@ -261,6 +261,7 @@ def train_step(
     for parameter in parameters:
         if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
+    # This sums the gradients, too, in place.
     loss = runtime.sum_over_ranks([parameter.grad for parameter in parameters], loss)
     norm = clip_grad_norm_(parameters, LARGEST_NORM).item()
     ids = ", ".join(example.id for example in examples)
@@ -330,7 +331,7 @@ def train(
         kernels.compile_blocks(base.blocks)
     optimizer = make_optimizer(adapters, settings)
     run = Run(Path(launch.out), settings, facts_of(model, settings, sets))
-    # progress.pt has the weights, so that the run in --start may be gone then.
+    # A resumed run loads progress.pt and does not need the run in --start, which may be gone.
     if not (launch.out and (run.path / "progress.pt").exists()):
         if settings.start:
             load_start(run, adapters)
