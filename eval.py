@@ -288,7 +288,7 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
         row = row_of_prompt(config.prompt)
     else:
         row = row_of_question(config.ask, config.input, tokenizer, data_config)
-        # Only decoders read the final empty line. --input belongs to the form of an instruction.
+        # T5 ignores the final empty line, and with --input the form of an instruction is meant.
         rows_are_prompts = run is not None and not run.facts.get("instructions", True)
         if rows_are_prompts and tokenizer.one_row and not config.input:
             program.warn(

@@ -78,7 +78,7 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
     """All settings of a run. Each field is a flag, and a key of config.json."""
 
     def __post_init__(self) -> None:
-        # This takes the place of those of the parts, whose checks run when a part is made.
+        # This overrides the __post_init__ of the parts. Making each part runs its checks.
         for part in (OrchMoEConfig, DataConfig, TrainConfig):
             self.part(part)
 

@@ -359,7 +359,7 @@ ONE_SAMPLE = r"give one sample or one w \(K,\), not 2"
 @pytest.mark.parametrize(
     "kind, name, routing, message",
     [
-        ("plain", "orchmoe-token", {}, "every token has its own w"),
+        ("plain", "orchmoe-token", {}, "every token has its own c"),
         ("plain", "orchmoe", {"embeddings": X[:2]}, ONE_SAMPLE),
         ("plain", "orchmoe", {"w": torch.ones(2, 5)}, ONE_SAMPLE),
         ("own forward", "orchmoe", {"w": W}, "q: this Squared computes more than a plain product"),
