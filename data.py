@@ -2,8 +2,8 @@
 
 tasks.py reads the texts as Rows. `tokenise` makes an Example of each row, and `load_sets` returns
 those of each set. `BatchOrder` chooses the examples of each training step, which depend only on the
-source lengths, the batch size, the seed and the step. `draw_targets` chooses one target of each,
-and `collate` makes a Batch of them.
+source lengths, the batch size, the seed and the step, `draw_targets` one target of each, and
+`collate` makes a Batch of examples.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
@@ -61,6 +61,16 @@ def _limit(ids: list[int], length: int, tokenizer: Tokenizer) -> np.ndarray:
     return np.array(ids[:length], np.int32)
 
 
+def _origin(row: Row, config: DataConfig) -> str:
+    """Return the words that tell a user where a row is."""
+    if row.set == "question":
+        return "the prompt"
+    path = config.data
+    if row.set == "test":
+        path = config.test or config.data
+    return f"{path}, row {row.id}"
+
+
 def tokenise(
     rows: Iterable[Row], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[dict[str, list[Example]], Counter[str]]:
@@ -93,8 +103,8 @@ def tokenise(
         for row, source in zip(chunk, sources, strict=True):
             if source == without_text:
                 raise UserError(
-                    f"the prompt {row.prompt!r:.40} (row {row.id}) has no tokens; change it, or "
-                    "leave it out"
+                    f"{_origin(row, config)}: the tokenizer has no tokens for the prompt "
+                    f"{row.prompt!r:.40}; change it, or leave it out"
                 )
             if row.is_cut or len(source) > config.max_source_length:
                 lost["source"] += 1
@@ -148,7 +158,7 @@ def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: the names of the training tasks, sorted; empty unless each row of "train" names its task.
+    tasks: the names of the training tasks, sorted; empty if a row of "train" names none.
     digest: a hash of the files of the set, see `digest_of`.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
@@ -182,8 +192,8 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
 def _key(example: Example) -> Hashable:
     """Return the key by which two rows count as the same.
 
-    In SNI's form it is the task and the input: prompts of one input differ, since some of them have
-    no examples. For JSONL it is the tokens of the prompt.
+    It is the task's input in SNI's form, where some prompts of one input have no examples, and the
+    tokens of the prompt for JSONL.
     """
     if example.input is not None:
         return example.task, example.input
@@ -246,6 +256,8 @@ def load_sets(
     # In a folder a file is named after its task, and the split depends on this name.
     with_names = not config.is_jsonl
     digests = {name: digest_of(paths, with_names=with_names) for name, paths in files.items()}
+    if config.is_jsonl and digests["test"] == digests["train"]:
+        raise UserError(f"--test {config.test}: is a copy of --data; give rows that do not train")
 
     facts = {}
     if config.is_jsonl:
@@ -268,8 +280,12 @@ def load_sets(
 
 
 def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Examples:
-    """Return a set of `load_sets`. Raise UserError if it is missing or empty."""
-    if sets.get(name):
+    """Return a set of `load_sets`. Raise UserError if it is missing or too small."""
+    least = 1
+    if config.is_jsonl and name in ("dev", "seen"):
+        least = 5  # `split_prompts` chooses at least 8, and `_remove_used_rows` may leave fewer
+    found = len(sets.get(name, ()))
+    if found >= least:
         return sets[name]
 
     program.require_path(config.data, "give the data with --data")
@@ -281,7 +297,7 @@ def require_set(sets: dict[str, Examples], name: str, config: DataConfig) -> Exa
         remedy = "add task files of test_tasks.txt, or give --split seen"
     else:
         remedy = "add task files of train_tasks.txt, with 5 or more different inputs each"
-    raise UserError(f"{config.data}: no rows in the set {name}; {remedy}")
+    raise UserError(f"{config.data}: {found} rows in the set {name}, {least} needed; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------ batches

@@ -99,7 +99,7 @@ def test_held_out_rows_with_the_tokens_of_training_rows_are_left_out(own, tiny_w
     # Prompts that are cut to the same tokens count, too.
     long = [row | {"prompt": "word " * 40 + row["prompt"]} for row in rows]
     cut = own(long, max_source_length=20)
-    refused = "own.jsonl: no rows in the set dev; add other prompts"
+    refused = "own.jsonl: 0 rows in the set dev, 5 needed; add other prompts"
     with refusal(refused, program.UserError):
         data.require_set(load_sets(cut, tiny_words), "dev", cut)
 
@@ -140,6 +140,12 @@ def test_test_rows_have_the_ids_of_training_tasks_and_are_counted(own, tiny_word
     assert len(warnings) == 2
 
 
+def test_test_rows_that_are_the_training_rows_are_refused(own, tiny_words):
+    config = own(own_rows(300), own_rows(300))
+    with refusal("--test .*other.jsonl: is a copy of --data", program.UserError):
+        load_sets(config, tiny_words)
+
+
 def test_test_rows_need_no_training_rows(own, tiny_words, capsys):
     """The training rows may be few or missing if only the test rows are scored."""
     config = own(own_rows(3), [{"prompt": "Tell.", "completion": "x"}])
@@ -152,14 +158,15 @@ def test_test_rows_need_no_training_rows(own, tiny_words, capsys):
         data.require_set(sets, "train", config)
 
 
-@pytest.mark.parametrize("name", ["train", "dev", "seen", "test"])
-def test_a_missing_or_empty_set_is_refused(own, tmp_path, name):
-    rows = [make_example("a", [5], [[6]])]
+@pytest.mark.parametrize("name, least", [("train", 1), ("dev", 5), ("seen", 5), ("test", 1)])
+def test_a_missing_or_small_set_is_refused(own, tmp_path, name, least):
+    rows = [make_example("a", [5], [[6]])] * least
     config = own([])
     assert data.require_set({name: rows}, name, config) == rows
-    with refusal(f"own.jsonl: no rows in the set {name}; ", program.UserError):
-        data.require_set({name: []}, name, config)
-    with refusal(f"no rows in the set {name}; .*_tasks.txt", program.UserError):
+    problem = f"own.jsonl: {least - 1} rows in the set {name}, {least} needed; "
+    with refusal(problem, program.UserError):
+        data.require_set({name: rows[1:]}, name, config)
+    with refusal(f"0 rows in the set {name}, 1 .*_tasks.txt", program.UserError):
         data.require_set({}, name, DataConfig(data=str(tmp_path)))
 
 
@@ -322,11 +329,11 @@ def test_a_prompt_without_a_token_is_refused(post, tmp_path, tiny_words):
     words = load_tokenizer(path.parent)
     config = DataConfig(data="own.jsonl")
     assert len(data.example_of(row_of_prompt("\u65e5a"), words, config).source_ids) > 0
-    problem = r"the prompt '\u65e5\u65e5' \(row question\) has no tokens; change it"
+    problem = "the prompt: the tokenizer has no tokens for the prompt '\u65e5\u65e5'; change it"
     with refusal(problem, program.UserError):
         data.example_of(row_of_prompt("\u65e5\u65e5"), words, config)
     row = row_of_prompt("\u200b")._replace(set="dev", id="7")
-    with refusal(r"\(row 7\) has no tokens", program.UserError):
+    with refusal("own.jsonl, row 7: the tokenizer has no tokens", program.UserError):
         data.example_of(row, tiny_words, config)
 
 
