@@ -2,8 +2,8 @@
 
 tasks.py reads the texts as Rows. `tokenise` makes an Example of each row, and `load_sets` returns
 those of each set. `BatchOrder` chooses the examples of each training step, which depend only on the
-source lengths, the batch size, the seed and the step, `draw_targets` one target of each, and
-`collate` makes a Batch of examples.
+source lengths, the batch size, the seed and the step. `draw_targets` chooses one target of each,
+and `collate` makes a Batch of them.
 
     examples = load_sets(DataConfig(data="sni/"), tokenizer.load("tiny/"))["train"]
     chosen = BatchOrder(examples.source_lengths, 8, seed=0).at(step=0)
@@ -158,7 +158,7 @@ def example_of(row: Row, tokenizer: Tokenizer, config: DataConfig) -> Example:
 class Examples(list[Example]):
     """The examples of one set.
 
-    tasks: the names of the training tasks, sorted; empty if a row of "train" names none.
+    tasks: the names of the training tasks, sorted; empty unless each row of "train" names its task.
     digest: a hash of the files of the set, see `digest_of`.
     facts: facts about the rows of a JSONL file, see tasks.jsonl_rows; empty for a folder.
     """
@@ -192,8 +192,8 @@ def warn_of_known(test: Sequence[Example], config: DataConfig) -> None:
 def _key(example: Example) -> Hashable:
     """Return the key by which two rows count as the same.
 
-    It is the task's input in SNI's form, where some prompts of one input have no examples, and the
-    tokens of the prompt for JSONL.
+    In SNI's form it is the task and the input: prompts of one input differ, since some of them have
+    no examples. For JSONL it is the tokens of the prompt.
     """
     if example.input is not None:
         return example.task, example.input

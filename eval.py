@@ -296,8 +296,7 @@ def answer(model: Model, config: EvalConfig, data_config: DataConfig, run: Run |
                 "empty line; give --prompt to ask in their form"
             )
     example = data.example_of(row, tokenizer, data_config)
-    length = config.max_new_tokens
-    [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=length)
+    [text] = predict(base, adapters, [example], tokenizer, max_new_tokens=config.max_new_tokens)
     program.print_line(f"answer: {text or '(empty)'}")
 
     w = router_weights(base, adapters, [example])

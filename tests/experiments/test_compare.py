@@ -165,6 +165,8 @@ def test_run_with_a_replaced_router_belongs_to_its_study(tmp_path):
     with mock.patch.dict(baselines.OWN_METHODS, clear=True):
         with refusal("--method Oracle: choose one of", UserError):
             run_folder.load(CPU, run_dir=run.path)
+        baselines.load_method(f"{routers.__file__}:Oracle")
+        run_folder.load(CPU, run_dir=run.path)
 
 
 # ------------------------------------------------------------------------------------ the program

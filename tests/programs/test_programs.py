@@ -172,6 +172,8 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     assert ", float32, torch" in run(EVALUATE)
     chosen = f"{EVALUATE} --dtype bfloat16 --out out"
     assert ", bfloat16, torch" in run(chosen)
+    used = read_json("out/scores.json")["config"]
+    assert used["dtype"] == "bfloat16" and used["max_new_tokens"] > 0
 
 
 # ------------------------------------------------- what a run is bound to, see parity/test_doors.py
@@ -404,11 +406,12 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     f"{TINY} --limit 1 --out file": "file: File exists",
     "train.py --out empty": "empty/config.json: exists, and nothing is overwritten; add --resume",
     "train.py --start ''": "--start: empty; give a value, or leave it out",
-    "train.py --data small": "small: no rows in the set dev; add task files of train_",
+    "train.py --data small": "small: 0 rows in the set dev, 1 needed; add task files of train_",
     "experiments/heuristics.py copy-demo --data bare": "bare/tasks/task2_b.json: no Positive",
     "train.py --data sni/own.jsonl --test no.jsonl": "no.jsonl: it has no rows",
     "train.py --data none.jsonl": "none.jsonl: No such file or directory",
-    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: no rows in the set test; "
+    "train.py --data file": "file/splits/default/train_tasks.txt: no such file; --data takes FILE",
+    f"{TINY} --data sni/own.jsonl": "sni/own.jsonl: 0 rows in the set test, 1 needed; "
     "give --test OTHER.jsonl, or --split seen",
     # Values.
     "train.py --step 3": "unrecognized arguments: --step 3; see --help",  # no abbreviations
@@ -423,12 +426,14 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "eval.py": ONE_OF,
     f"{TINY} --ask Go": BOTH,
     f"{TINY} --ask ' ' --input word": BOTH,
-    f"{TINY} --prompt ' '": "the prompt ' ' (row question) has no tokens; change",
+    f"{TINY} --prompt ' '": "the prompt: the tokenizer has no tokens for the prompt ' '",
     f"{TINY} --ask a\udcff --input word": "--ask is not valid Unicode (lone surrogate)",
     # Flags that have no effect.
     "train.py --method lora --lr-router 1": "--lr-router: has no effect with --method lora; leave",
     "train.py --epochs 1 --steps 3": "--steps: has no effect with --epochs; leave it out",
     f"{ASK} --prompt Go": "--prompt: has no effect with --ask",
+    f"{ASK} --num-pos 1": "--num-pos: has no effect with a question",
+    f"{TINY} --data sni/own.jsonl --split seen --test x.jsonl": "--test: has no effect with",
     f"{TINY} --input word": "--input: has no effect without --ask",
     f"{TINY} --test x": "--test: has no effect with --data",
     "train.py --data sni/own.jsonl --num-pos 1": "--num-pos: has no effect with --data",

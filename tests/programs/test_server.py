@@ -255,7 +255,7 @@ MISTAKES = {  # by what is wrong: path, content, status, code, beginning of the 
     "no prompt": ("completions", body(prompt=None), 400, None, "prompt: the text must be a string"),
     "list": ("completions", body(prompt=["a"]), 400, None, "prompt: the text must be a string"),
     "blank": ("completions", body(prompt=" "), 400, None, "prompt: the text: it is empty"),
-    "no text": ("completions", body(prompt="\u200b"), 400, None, "prompt: the prompt '\\u200b'"),
+    "no text": ("completions", body(prompt="\u200b"), 400, None, "prompt: the prompt: the token"),
     "surrogate": ("completions", body(prompt="\ud800"), 400, None, "prompt: the text is not valid"),
     "long": (
         "completions",

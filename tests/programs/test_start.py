@@ -150,7 +150,7 @@ def test_snippet_of_the_page_makes_loras_the_skills_which_stay_frozen(home):
 # ----------------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {  # flags -> beginning of the message
-    "--start run --rank 4": "run: rank is 4, but the run has 2",
+    "--start run --rank 4": "run: rank is 4, but the run has 2; a run that starts from it",
     "--start run --method lora": "run: method_class is 'LoRA', but the run has 'OrchMoE",
     "--start run --lr-skills 0 --lr-allocation 0 --lr-router 0": "--method orchmoe: each of its",
     "--start poly": "poly: tasks is ['",

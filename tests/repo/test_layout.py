@@ -125,7 +125,7 @@ def test_files_behind_train_stay_small():
     for path in SUPPORT:
         total += count_tokens(text_of(path))
     assert {"llama", "orchmoe", "run_folder"} <= behind
-    assert total <= 33_300
+    assert total <= 33_400
 
 
 def test_top_level_has_few_files():
