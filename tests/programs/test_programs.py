@@ -169,11 +169,9 @@ def test_run_keeps_the_dtype_that_auto_has_chosen(copied, monkeypatch):
     monkeypatch.setattr(runtime, "_cpu_gains_from_bfloat16", lambda base: True)
     assert runtime.pick_device(device="cpu", base="a base").dtype == torch.bfloat16
     assert ", float32, torch" in run(RESUME_RUN)
-    assert ", float32, torch" in run(EVALUATE)
-    chosen = f"{EVALUATE} --dtype bfloat16 --out out"
-    assert ", bfloat16, torch" in run(chosen)
-    used = read_json("out/scores.json")["config"]
-    assert used["dtype"] == "bfloat16" and used["max_new_tokens"] > 0
+    assert ", float32, torch" in run(f"{EVALUATE} --out out")
+    assert ", bfloat16, torch" in run(f"{EVALUATE} --dtype bfloat16 --out chosen")
+    assert read_json("out/scores.json")["config"]["dtype"] == "float32"
 
 
 # ------------------------------------------------- what a run is bound to, see parity/test_doors.py
