@@ -14,7 +14,7 @@ Test: pytest tests/unit/test_eval.py tests/programs/test_programs.py
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +35,7 @@ from support import program, runtime
 from support.program import UserError, require_text
 from tasks import FILE_FIELDS, NO_TASK, DataConfig, row_of_prompt, row_of_question
 from tokenizer import Tokenizer
+from tokenizer import load as load_tokenizer
 
 # --------------------------------------------------------------------------- one pass over a set
 
@@ -119,9 +120,9 @@ def require_fit(base: Backbone, examples: Sequence[Example], max_new_tokens: int
     """Raise UserError if an example, with its target or an answer, is too long for the base."""
     longest = 0
     for example in examples:
-        targets = [len(ids) for ids in example.target_ids]
-        length = len(example.source_ids) + max(max_new_tokens, *targets)
-        longest = max(longest, length - 1)  # the last token is only predicted
+        answer_length = max(max_new_tokens, *(len(ids) for ids in example.target_ids))
+        # The last token is only predicted.
+        longest = max(longest, len(example.source_ids) + answer_length - 1)
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and an answer need up to {longest} positions, but "
@@ -230,9 +231,17 @@ def score_rows(
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the predictions and the scores of the examples."""
     base, adapters, tokenizer = model
-    limits = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    predictions = predict(base, adapters, examples, tokenizer, **limits)
+    require_fit(base, examples, max_new_tokens)
+    # First the loss: if its logits are too large for the memory, no answers are lost.
     losses = measure(base, adapters, examples, batch_size=batch_size)
+    predictions = predict(
+        base,
+        adapters,
+        examples,
+        tokenizer,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
     return predictions, score(examples, predictions, metric_rules, losses)
 
 
@@ -319,18 +328,13 @@ def rows_of_split(
     is_test = config.split == "test"
     sets = data.load_sets(data_config, tokenizer, only_test=is_test)
     examples = data.require_set(sets, config.split, data_config)
-    if run is None:
-        return data.subsample(examples, config.limit)
-
-    of_run = run.settings
-    same_paths = all(getattr(data_config, name) == getattr(of_run, name) for name in FILE_FIELDS)
-    if not is_test:
-        run.require_same({"train_tasks": examples.digest})
-    elif same_paths:
-        run.require_same({"test_tasks": examples.digest})
-    examples = data.with_task_index(examples, run.facts["tasks"])
-    if is_test:
-        data.warn_of_known(examples, data_config)
+    if run is not None:
+        files, of_run = vars(data_config), vars(run.settings)
+        if not is_test or all(files[name] == of_run[name] for name in FILE_FIELDS):
+            run.require_same({f"{'test' if is_test else 'train'}_tasks": examples.digest})
+        examples = data.with_task_index(examples, run.facts["tasks"])
+        if is_test:
+            data.warn_of_known(examples, data_config)
     return data.subsample(examples, config.limit)
 
 
@@ -368,9 +372,10 @@ def main() -> None:
     # --data names other rows, or if another split is scored.
     flags = program.read_flags(__doc__, EvalConfig, DataConfig)
     config = program.from_flags(EvalConfig, flags)
-    if config.method:
-        load_method(config.method)  # the settings of the run name its class
+    method = load_method(config.method) if config.method else ""
     run = run_folder.read_run(config.run) if config.run else None
+    if run and method:
+        run.require_same({"method": method}, remedy="give the file and the class of the run")
     settings = run.settings if run else run_folder.Settings(model=config.model)
     values = vars(settings) | flags
     if "data" in flags or config.split != "test":
@@ -386,8 +391,10 @@ def main() -> None:
         unread["method"] = "without --run"
     if config.split != "test":
         unread["test"] = f"with --split {config.split}"
-    if config.ask or config.prompt:
-        of_rows = ("split", "limit", "out", "batch_size", "num_pos", "num_neg", "explanation")
+    is_question = config.ask or config.prompt
+    if is_question:
+        of_rows = {"split", "limit", "out", "batch_size"} | {f.name for f in fields(DataConfig)}
+        of_rows -= {"data", "max_source_length", "max_target_length"}
         unread |= dict.fromkeys(of_rows, "with a question")
     else:
         program.require_new(config.results, "choose another --out")
@@ -404,11 +411,12 @@ def main() -> None:
         max_new_tokens=config.max_new_tokens or data_config.max_new_tokens,
     )
     with runtime.distributed(device.torch_device, config.shard):
+        if not is_question:  # before the base, which may be large, takes memory
+            examples = rows_of_split(config, data_config, load_tokenizer(base_folder), run)
         model = run_folder.load(device, run_dir=config.run, model=config.model, shard=config.shard)
-        if config.ask or config.prompt:
+        if is_question:
             answer(model, config, data_config, run)
         else:
-            examples = rows_of_split(config, data_config, model.tokenizer, run)
             score_split(model, config, data_config, examples)
 
 

@@ -89,15 +89,15 @@ class Settings(TrainConfig, DataConfig, OrchMoEConfig):
 
 PATHS = {"model", "data", "test"}  # a resumed run may find the same files elsewhere
 # These are no part of the identity of a run: the facts identify the files at the paths, progress.pt
-# has the weights that came from --start, and another machine may have no compiler.
-NOT_BOUND = {*PATHS, "start", "compile"}
-RATES = {field.name for field in fields(TrainConfig) if field.name.startswith("lr_")}
+# has the weights that came from --start, and another machine may have no compiler or less memory.
+NOT_BOUND = {*PATHS, "start", "compile", "accumulate", "checkpoint_blocks"}
 
 
 def unread_settings(settings: Settings) -> dict[str, str]:
     """Return {field: reason} for the settings without effect: {"steps": "with --epochs"}."""
-    of_method = {field.name for field in fields(OrchMoEConfig)} | RATES
-    of_method -= settings_of_method(settings.method)
+    names = [field.name for field in fields(OrchMoEConfig)]
+    names += [field.name for field in fields(TrainConfig) if field.name.startswith("lr_")]
+    of_method = set(names) - settings_of_method(settings.method)
     unread = dict.fromkeys(of_method, f"with --method {settings.method}")
     unread |= dict.fromkeys(settings.idle, f"with --data {settings.data}")
     if settings.epochs:
@@ -145,10 +145,9 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """Return the settings and facts that the numbers depend on, as JSON has them."""
-        identity = asdict(self.settings) | self.facts
-        for name in NOT_BOUND:
-            del identity[name]
-        return json.loads(json.dumps(identity))
+        values = asdict(self.settings) | self.facts
+        bound = {name: value for name, value in values.items() if name not in NOT_BOUND}
+        return json.loads(json.dumps(bound))
 
     def require_same(
         self, found: dict[str, Any], path: Path | None = None, remedy: str = RESTORE
@@ -182,9 +181,9 @@ class Run:
                 if config_path.exists():
                     read_run(self.path).require_same(self.identity)
                 else:
-                    names = ("metrics.jsonl", "progress.pt", "adapter.safetensors", "scores.json")
-                    paths = [self.path / name for name in names]
-                    program.require_new([config_path, *paths], "give another --out")
+                    names = ("config.json", "metrics.jsonl", "progress.pt", "adapter.safetensors")
+                    paths = [self.path / name for name in (*names, "scores.json")]
+                    program.require_new(paths, "give another --out")
             settings = asdict(self.settings)
             for name in PATHS | {"start"}:
                 if settings[name]:  # so that the run can be resumed from any working folder
@@ -369,12 +368,13 @@ def load(
     best = run.read_best()  # a damaged file must fail before adapters take memory
     settings = replace(run.settings, model=str(model or run.settings.model))
     loaded = build(settings, device, len(run.facts["tasks"]), shard)
-    found = {
-        "base": loaded.base.fingerprint,
-        "tokenizer": loaded.tokenizer.fingerprint,
-        "method_class": class_of(loaded.adapters),
-    }
-    run.require_same(found)
+    run.require_same(
+        {
+            "base": loaded.base.fingerprint,
+            "tokenizer": loaded.tokenizer.fingerprint,
+            "method_class": class_of(loaded.adapters),
+        }
+    )
     with program.reading(run.path / "adapter.safetensors", TRAIN_AGAIN):
         loaded.adapters.load_state_dict(best)
     loaded.adapters.eval()

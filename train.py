@@ -83,6 +83,8 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
         if "data" in flags:  # what else chooses rows belongs to the data of that run
             for name in FILE_FIELDS | {"train_instances"}:
                 del saved[name]
+        if "steps" in flags:
+            saved["epochs"] = 0
     settings = program.from_flags(Settings, saved | flags)
 
     unread = unread_settings(settings)
@@ -94,13 +96,12 @@ def read_settings(flags: dict[str, Any], launch: LaunchConfig) -> Settings:
     return settings
 
 
-def with_steps(settings: Settings, train_set: Examples) -> Settings:
-    """Return the settings with the number of steps that --epochs means for these rows."""
+def steps_of(settings: TrainConfig, train_set: Examples) -> int:
+    """Return the number of steps: that of --steps, or what --epochs means for these rows."""
     if not settings.epochs:
-        return settings
+        return settings.steps
     # The last batch of an epoch may be short.
-    steps = settings.epochs * math.ceil(len(train_set) / settings.batch_size)
-    return replace(settings, steps=steps, epochs=0)
+    return settings.epochs * math.ceil(len(train_set) / settings.batch_size)
 
 
 # --------------------------------------------------------------------------- data, initial values
@@ -214,14 +215,13 @@ class DivergedError(UserError):
     """A loss or the norm of a gradient is not a finite number."""
 
 
-def require_finite(location: str, **values: float) -> None:
-    """Raise DivergedError if a value is not a finite number."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"{location}: the {name.replace('_', ' ')} is {value}; start a new run with lower "
-                "learning rates or --dtype float32 (a resumed run would repeat this)"
-            )
+def require_finite(what: str, value: float) -> None:
+    """Raise DivergedError if a value is not a finite number. what: "step 3: the dev loss"."""
+    if not math.isfinite(value):
+        raise DivergedError(
+            f"{what} is {value}; start a new run with lower learning rates or --dtype float32 "
+            "(a resumed run would repeat this)"
+        )
 
 
 def train_step(
@@ -261,13 +261,14 @@ def train_step(
     for parameter in parameters:
         if parameter.grad is None:  # unused in this step, but other processes may have used it
             parameter.grad = torch.zeros_like(parameter)
-    # This sums the gradients, too, in place.
-    loss = runtime.sum_over_ranks([parameter.grad for parameter in parameters], loss)
-    norm = clip_grad_norm_(parameters, LARGEST_NORM).item()
+    total_loss = torch.tensor(loss, dtype=torch.float64)
+    runtime.sum_over_ranks([*(parameter.grad for parameter in parameters), total_loss])
+    norm = clip_grad_norm_(parameters, LARGEST_NORM)
     ids = ", ".join(example.id for example in examples)
-    require_finite(f"step {step + 1} on {ids}", loss=loss, gradient_norm=norm)
+    require_finite(f"step {step + 1} on {ids}: the loss", total_loss.item())
+    require_finite(f"step {step + 1} on {ids}: the gradient norm", norm.item())
     optimizer.step()
-    return {"loss": loss, "norm": norm}
+    return {"loss": total_loss.item(), "norm": norm.item()}
 
 
 # ------------------------------------------------------------------------------------- the training
@@ -290,7 +291,7 @@ def evaluate(run: Run, model: Model, progress: Progress, dev: Sequence[Example],
     base, adapters, _ = model
     batch_size = run.settings.eval_batch_size
     loss = evaluation.mean_loss(evaluation.measure(base, adapters, dev, batch_size=batch_size))
-    require_finite(f"step {step + 1}", dev_loss=loss)
+    require_finite(f"step {step + 1}: the dev loss", loss)
     record = {"dev_loss": loss}
     w = evaluation.router_weights(base, adapters, dev, batch_size)
     if w is not None:  # in nats: ln(K) if all w are uniform, 0 if each chooses one abstract task
@@ -323,7 +324,11 @@ def train(
     data.warn_of_known(sets.get("test", ()), data_config)
     train_set = sets["train"]
     dev = data.subsample(sets["dev"], settings.eval_instances)
-    settings = replace(with_steps(settings, train_set), dtype=runtime.dtype_name(device.dtype))
+    settings = replace(
+        settings,
+        steps=steps_of(settings, train_set),
+        dtype=runtime.dtype_name(device.dtype),
+    )
     model = build(settings, device, len(train_set.tasks), launch.shard)
     base, adapters, _ = model
     require_sets_fit(base, sets, settings.max_new_tokens)
@@ -350,13 +355,13 @@ def train(
                 say(evaluate(run, model, progress, dev, step=-1))
                 run.save_progress(progress, adapters, optimizer)
         size = sum(count_parameters(adapters).values())
-        epochs = settings.steps * settings.batch_size / len(train_set)
+        batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
+        epochs = settings.steps / batch_order.per_epoch
         say(
             f"{run.path}: {settings.method} trains {size:,} parameters in {settings.steps} steps, "
             f"{epochs:.1f} epochs of {len(train_set):,} rows"
         )
 
-        batch_order = data.BatchOrder(train_set.source_lengths, settings.batch_size, settings.seed)
         first, end = progress.next_step, settings.steps
         for step in program.progress(range(first, end), "train", initial=first, total=end):
             started = time.monotonic()
@@ -420,16 +425,12 @@ def score_run(run: Run, device: runtime.Device, shard: bool) -> dict[str, dict]:
 
 def print_table(all_scores: dict[str, dict], metric_rules: str) -> None:
     """Print the scores as a table in Markdown, with a line for each model, see `score_run`."""
-    sets = list(all_scores["frozen base"])
-    headings = ["model"]
-    for which in sets:
-        headings += [f"{which} {title}" for title in TABLE.values()]
+    columns = [(which, metric) for which in all_scores["frozen base"] for metric in TABLE]
+    headings = ["model", *(f"{which} {TABLE[metric]}" for which, metric in columns)]
     rows = [headings, ["---"] * len(headings)]
     for name, scores in all_scores.items():
-        row = [name]
-        for which in sets:
-            row += [f"{scores[which]['overall'][metric]:.3f}" for metric in TABLE]
-        rows.append(row)
+        means = [scores[which]["overall"][metric] for which, metric in columns]
+        rows.append([name, *(f"{mean:.3f}" for mean in means)])
     for row in rows:
         program.print_line(f"| {' | '.join(row)} |")
     program.print_line(evaluation.note(metric_rules))

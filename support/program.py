@@ -174,11 +174,11 @@ def read_json(path: str | Path) -> dict:
 
 def _each_key_once(pairs):
     """Return the pairs of a JSON object as a dict. Raise ValueError if a key occurs twice."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object gives the key {twice!r:.60} twice")
+    values = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"an object gives the key {key!r:.60} twice")
+        values[key] = value
     return values
 
 
@@ -412,6 +412,7 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
 
     if dist.is_torchelastic_launched():
         # A sharded base keeps threads of gloo that may abort while Python shuts down.
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -428,7 +429,10 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
-        text = f"out of memory ({text:.120}); lower the batch sizes, or use a smaller model"
+        text = (
+            f"out of memory ({text:.120}); lower the batch sizes, train with --accumulate, or use "
+            "a smaller model"
+        )
     elif not isinstance(error, UserError):
         return None
     return " ".join(text.split())
@@ -464,7 +468,8 @@ def progress(iterable: Iterable | None, description: str, **options: Any) -> tqd
     if not sys.stderr.isatty():
         form = "{desc}: {n_fmt} of {total_fmt} after {elapsed}, {remaining} left"
         options |= {"file": LineStream(), "bar_format": form, "position": 0}
-        # With miniters=1 a line is printed only when an item is finished, and so it is true.
+        # With miniters=1 a line is printed only when an item is finished. Otherwise a thread of
+        # tqdm would also print old numbers.
         options |= {"mininterval": BETWEEN_LINES, "miniters": 1}
     # In a worker, and in other ranks, another process shows the progress.
     is_silent = multiprocessing.parent_process() is not None or rank() != 0

@@ -3,7 +3,7 @@
 Test: pytest tests/unit/test_runtime.py tests/programs/test_ranks.py
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,7 +46,7 @@ def pick_device(
             name += " (no CUDA here)"
         fast_bfloat16 = bool(base) and _cpu_gains_from_bfloat16(base)
     else:
-        number = gpu or program.torchrun_variable("LOCAL_RANK", 0)
+        number = program.torchrun_variable("LOCAL_RANK", gpu or 0)
         gpus = torch.cuda.device_count()
         if not 0 <= number < gpus:
             raise UserError(
@@ -75,17 +75,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _cpu_gains_from_bfloat16(base):
     """Return whether this CPU multiplies bfloat16 natively and the model is large enough."""
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    size = 0
-    for pattern in ("*.safetensors", "*.bin"):
-        size += sum(path.stat().st_size for path in Path(base).glob(pattern))
+    files = [*Path(base).glob("*.safetensors"), *Path(base).glob("*.bin")]
     # Below 40 MB (a width of about 256) casting costs as much as the faster products save.
-    return native and size >= 4e7
+    return native and sum(path.stat().st_size for path in files) >= 4e7
 
 
 # -------------------------------------------------------------------------------------- processes
 
-# torchrun starts several processes. Each runs the whole program on its share of every batch.
-# Without torchrun there is one process, and only `shard` cannot be used.
+# Each process of torchrun runs the whole program on its share of every batch. Without torchrun
+# there is one process, and only `shard` cannot be used.
 
 
 @contextmanager
@@ -109,7 +107,9 @@ def distributed(device: torch.device, shard: bool = False) -> Iterator[None]:
 
 def any_rank(value: bool) -> bool:
     """Return whether `value` is true in any process. Waits for all processes."""
-    return sum_over_ranks([], value) > 0
+    total = torch.tensor(float(value))
+    sum_over_ranks([total])
+    return total.item() > 0
 
 
 def barrier() -> None:
@@ -117,14 +117,11 @@ def barrier() -> None:
     any_rank(False)
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], number: float) -> float:
-    """Replace each tensor by its sum over all processes, in place. Return the sum of the number."""
-    if not dist.is_initialized():
-        return number
-    number_tensor = torch.tensor(number, dtype=torch.float64)
-    for tensor in (*tensors, number_tensor):
-        dist.all_reduce(tensor)
-    return number_tensor.item()
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:
@@ -136,9 +133,10 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 def gather_from_ranks(value: Any) -> list[Any]:
     """Return the values of all processes, in the order of their ranks."""
-    values = [value] * program.world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * program.world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -155,7 +153,7 @@ def shard(root: nn.Module, blocks: Iterable[nn.Module], device: Device) -> None:
 
     trained = {parameter for parameter in root.parameters() if parameter.requires_grad}
     mesh = dist.init_device_mesh(device.torch_device.type, (program.world_size(),))
-    for module in (*blocks, root):  # the root takes what the blocks leave
+    for module in (*blocks, root):  # for the root this changes only what is in no block
         module.to(device.torch_device)
         for parameter in module.parameters():
             if not parameter.requires_grad:

@@ -28,7 +28,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def print_plan(
     counts = [f"{len(sets['train'])} train"]
     counts += [f"{len(examples)} {which}" for which, examples in held_out.items()]
     program.print_line(f"rows of data: {', '.join(counts)}")
-    study.epochs = settings.steps * settings.batch_size / len(sets["train"])
+    study.epochs = settings.steps / math.ceil(len(sets["train"]) / settings.batch_size)
     program.print_line(
         f"{settings.steps} steps of {settings.batch_size} rows are {study.epochs:.1f} epochs"
     )
@@ -370,7 +370,8 @@ def main() -> None:
     program.refuse_unread(flags, unread)
     if settings.epochs:
         sets = data.load_sets(settings.part(DataConfig), tokenizers.load(settings.model))
-        settings = train.with_steps(settings, data.require_set(sets, "train", settings))
+        steps = train.steps_of(settings, data.require_set(sets, "train", settings))
+        settings = replace(settings, steps=steps, epochs=0)
 
     if config.ablations:
         # A setting may be given if any row reads it.

@@ -358,7 +358,7 @@ def test_code_is_never_taken_from_a_saved_run(own, home):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("eval.py --run own --method {hydra}", "--method ByTask: choose one of"),
+        ("eval.py --run own --method {hydra}", "method is 'HydraLoRA', but the run has 'ByTask'"),
         ("eval.py --model tiny --method {hydra}", "has no effect without --run"),
         ("train.py --resume --out own --method {hydra}", "method is 'HydraLoRA', but the run has"),
         ("train.py --start own --method {own} --max-tasks 1", "own: tasks is ["),

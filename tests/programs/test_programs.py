@@ -431,6 +431,7 @@ MISTAKES = {  # command line -> beginning of the message after "PROGRAM: error: 
     "train.py --epochs 1 --steps 3": "--steps: has no effect with --epochs; leave it out",
     f"{ASK} --prompt Go": "--prompt: has no effect with --ask",
     f"{ASK} --num-pos 1": "--num-pos: has no effect with a question",
+    f"{ASK} --max-tasks 1": "--max-tasks: has no effect with a question",
     f"{TINY} --data sni/own.jsonl --split seen --test x.jsonl": "--test: has no effect with",
     f"{TINY} --input word": "--input: has no effect without --ask",
     f"{TINY} --test x": "--test: has no effect with --data",

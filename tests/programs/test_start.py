@@ -96,6 +96,17 @@ def test_limits_of_the_rows_belong_to_the_data_of_the_start(home):
     )
 
 
+def test_epochs_of_the_start_count_the_new_rows(home):
+    (home / "epochs").mkdir()
+    shutil.copy(home / "run/config.json", home / "epochs")
+    change_config(home / "epochs", "settings", epochs=2)
+    flags = {"start": "epochs", "data": "data"}
+    settings = train.read_settings(flags, train.LaunchConfig())
+    assert train.steps_of(settings, range(settings.batch_size + 1)) == 4
+    settings = train.read_settings({**flags, "steps": 9}, train.LaunchConfig())
+    assert train.steps_of(settings, range(settings.batch_size + 1)) == 9
+
+
 def test_a_start_that_training_only_harms_stays_the_result(home):
     harm = f"--lr-skills 1 {SIZES} --out harmed"
     output = run(f"train.py --start run --data data {harm}")

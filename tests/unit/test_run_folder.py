@@ -146,7 +146,8 @@ def test_every_setting_but_paths_is_a_part_of_the_identity(run):
         vars(settings)[field.name] = "another value"  # of whatever type
         if Run(run.path, settings, FACTS).identity == run.identity:
             same.add(field.name)
-    assert same == NOT_BOUND == {"model", "data", "test", "start", "compile"}
+    paths = {"model", "data", "test", "start"}
+    assert same == NOT_BOUND == {*paths, "compile", "accumulate", "checkpoint_blocks"}
 
 
 # ------------------------------------------------------------------------------------------ the log

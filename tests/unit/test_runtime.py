@@ -37,9 +37,13 @@ def test_auto_is_bfloat16_on_a_gpu_that_does_not_emulate_it(
     assert current == [device]
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for each shape
     assert runtime.pick_device(dtype="bfloat16").dtype == torch.bfloat16
+    for gpu in (2, -1):
+        with refusal(f"^GPU {gpu}: there are 2, numbered from 0; give"):
+            runtime.pick_device(gpu)
+    # Under torchrun each process has its own GPU, whatever --gpu says.
     monkeypatch.setattr(runtime.program, "torchrun_variable", lambda *_: 2)  # rank 2 of a node
-    for gpu in (2, -1, None):
-        with refusal(f"^GPU {2 if gpu is None else gpu}: there are 2, numbered from 0; give"):
+    for gpu in (0, 1, None):
+        with refusal("^GPU 2: there are 2, numbered from 0; give"):
             runtime.pick_device(gpu)
 
 

@@ -72,9 +72,8 @@ def test_schedule_warms_up_and_then_decays_or_stays_constant(take_step, schedule
 def test_epochs_become_steps():
     rows = range(20)
     settings = train.Settings(epochs=3, batch_size=8)
-    steps = train.with_steps(settings, rows)
-    assert (steps.steps, steps.epochs) == (9, 0)  # an epoch ends with a batch of 4
-    assert train.with_steps(steps, rows) == steps
+    assert train.steps_of(settings, rows) == 9  # an epoch ends with a batch of 4
+    assert train.steps_of(train.Settings(steps=7), rows) == 7
 
 
 @pytest.mark.parametrize("largest", [0.01, 1e9])
