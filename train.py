@@ -263,12 +263,12 @@ def train_step(
             parameter.grad = torch.zeros_like(parameter)
     total_loss = torch.tensor(loss, dtype=torch.float64)
     runtime.sum_over_ranks([*(parameter.grad for parameter in parameters), total_loss])
-    norm = clip_grad_norm_(parameters, LARGEST_NORM)
+    norm = clip_grad_norm_(parameters, LARGEST_NORM).item()  # waits for the device, once
     ids = ", ".join(example.id for example in examples)
     require_finite(f"step {step + 1} on {ids}: the loss", total_loss.item())
-    require_finite(f"step {step + 1} on {ids}: the gradient norm", norm.item())
+    require_finite(f"step {step + 1} on {ids}: the gradient norm", norm)
     optimizer.step()
-    return {"loss": total_loss.item(), "norm": norm.item()}
+    return {"loss": total_loss.item(), "norm": norm}
 
 
 # ------------------------------------------------------------------------------------- the training
