@@ -429,18 +429,13 @@ def _parse_row(fields, number, position):
             raise ValueError(f"{name}: the row has this field by another name, too; give one")
         given[field] = value
 
-    prompt = given.get("prompt", "")
-    instruction = given.get("instruction", "")
-    text = given.get("input", "")
-    task = given.get("task", "")
-    row_id = str(given.get("id", number))
-    require_text("prompt", prompt)
-    require_text("instruction", instruction)
-    require_text("input", text)
-    require_text("task", task)
-    require_text("id", row_id)
-    if task == "":  # a table may have an empty cell
-        task = NO_TASK
+    given["id"] = str(given.get("id", number))
+    for name in ("prompt", "instruction", "input", "task", "id"):
+        require_text(name, given.setdefault(name, ""))
+    prompt = given["prompt"]
+    instruction = given["instruction"]
+    text = given["input"]
+    task = given["task"] or NO_TASK  # a table may have an empty cell
 
     if prompt and (instruction or text):
         raise ValueError("prompt: it is the whole prompt; leave out instruction, input and context")
@@ -455,7 +450,7 @@ def _parse_row(fields, number, position):
         set="",
         task=task,
         category=task,
-        id=row_id,
+        id=given["id"],
         position=position,
         prompt=prompt,
         references=_references("the answer", given["output"]),
@@ -581,9 +576,8 @@ def find_files(config: DataConfig) -> dict[str, list[Path]]:
         return files
 
     for list_name, tasks in read_splits(path, config.splits).items():
-        if config.max_tasks > 0:
-            tasks = tasks[: config.max_tasks]
-        files[list_name] = [path / "tasks" / f"{task}.json" for task in sorted(tasks)]
+        first = tasks[: config.max_tasks or None]  # 0: all
+        files[list_name] = [path / "tasks" / f"{task}.json" for task in sorted(first)]
     return files
 
 

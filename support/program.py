@@ -394,8 +394,8 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run `main` and exit with the code that it returns (None means 0).
 
     A UserError, an OSError that names a file and too little memory print one line on stderr, under
-    torchrun one for each process, and exit with code 2. Ctrl-C and SIGTERM exit with code 130. All
-    other exceptions are bugs and keep their traceback.
+    torchrun one for each process, and exit with code 2. So does a closed stdout. Ctrl-C and SIGTERM
+    exit with code 130. All other exceptions are bugs and keep their traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
@@ -403,6 +403,9 @@ def run_program(main: Callable[[], int | None]) -> typing.NoReturn:
     except KeyboardInterrupt:
         print(f"{program_name()}: stopped", file=sys.stderr, flush=True)
         sys.exit(130)
+    except BrokenPipeError:  # as in `train.py | head`
+        print(f"{program_name()}: stopped, since nothing reads its output", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         message = user_message(error)
         if message is None:
@@ -428,7 +431,9 @@ def user_message(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(
+        "DefaultCPUAllocator|CUDA error: out of memory", text
+    ):
         text = (
             f"out of memory ({text:.120}); lower the batch sizes, train with --accumulate, or use "
             "a smaller model"
@@ -458,9 +463,6 @@ class LineStream:
     def write(self, text: str) -> None:
         if text.strip():
             print_line(text.strip(), sys.stderr)
-
-    def flush(self) -> None:
-        """Do nothing, since print_line flushes."""
 
 
 def progress(iterable: Iterable | None, description: str, **options: Any) -> tqdm:

@@ -374,6 +374,7 @@ def test_training_and_evaluation_on_the_real_tasks(home, sni_dir):
         MemoryError("a list"),
         torch.OutOfMemoryError("CUDA"),
         RuntimeError("DefaultCPUAllocator: no 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
     ],
 )
 def test_lack_of_memory_prints_one_line(error, monkeypatch):

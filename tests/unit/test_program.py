@@ -4,7 +4,9 @@ programs/test_programs.py and programs/test_faults.py have others.
 """
 
 import multiprocessing
+import os
 import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +86,23 @@ def test_a_signal_outside_of_training_ends_a_program_with_a_line(kind, monkeypat
         signal.signal(signal.SIGTERM, previous)
     assert end.value.code == 130
     assert capsys.readouterr().err == "train.py: stopped\n"
+
+
+def test_a_closed_stdout_ends_a_program_with_a_line():
+    """As in `train.py | head`."""
+    code = "from support import program; program.run_program(lambda: program.print_line('a'))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=program.ROOT,
+    )
+    os.close(writing)
+    assert done.returncode == 2
+    assert done.stderr == "-c: stopped, since nothing reads its output\n"
 
 
 @pytest.mark.parametrize("parent, shown", [(None, True), ("a parent", False)])
