@@ -29,7 +29,7 @@ def test_the_picture_is_that_of_the_cells():
 
 
 def test_dots_and_lines_stand_where_the_numbers_say():
-    shown = numbers(r">(-0\.\d+) \[(-0\.\d+), (-0\.\d+)\]</text>")
+    shown = numbers(r">([-+]0\.\d+) \[([-+]0\.\d+), ([-+]0\.\d+)\]</text>")
     dots = numbers(r'<circle cx="([\d.]+)" .* class="draw"/>')
     means = numbers(r'<circle cx="([\d.]+)" .* class="mean"/>')
     intervals = numbers(r'<line x1="([\d.]+)" .* x2="([\d.]+)" .* class="interval"/>')
