@@ -9,7 +9,7 @@ import pytest
 
 from experiments import why
 from experiments.compare.study import kind_of_cpu
-from helpers import ROOT, run
+from helpers import ROOT, run, text_of
 from support import program
 from tasks import read_splits
 
@@ -225,6 +225,11 @@ def test_a_second_computation_agrees(cells):
         difference, _, decision = line.partition("]")
         [found] = [row for row in out.splitlines() if row.startswith(f"| {difference}]")]
         assert found.endswith(f"{decision} |")
+
+
+def test_the_page_of_the_study_has_the_searches():
+    reports = program.read_json(why.RESULTS / "values.json")
+    assert f"\n{why.values_table(reports)}\n" in text_of(why.RESULTS / "README.md")
 
 
 def test_new_tasks_have_an_interval_over_draws_and_one_over_tasks(cells):
