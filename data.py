@@ -309,11 +309,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (B,Lt) int64, -100 at padding
     task_ids: Tensor  # (B,) int64, task_index of each Example
 
-    @property
-    def target_tokens(self) -> int:
-        """Return the number of target tokens, padding excluded."""
-        return int((self.labels != -100).sum())
-
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on `device`."""
         return Batch(*[tensor.to(device, non_blocking=True) for tensor in self])

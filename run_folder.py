@@ -107,6 +107,7 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------- the run
 
+FILES = ("config.json", "metrics.jsonl", "progress.pt", "adapter.safetensors", "scores.json")
 # What helps if a file of the folder is damaged, or of another run.
 TRAIN_AGAIN = "restore the file, or train again"
 # What helps if the base, the data or the method has changed.
@@ -176,13 +177,13 @@ class Run:
         config_path = self.path / "config.json"
         with program.locked_folder(self.path, "wait, or change --out"):
             if program.rank() == 0:
-                for incomplete in self.path.glob(".*.[0-9]*.tmp"):  # of a killed process
-                    incomplete.unlink()
+                paths = [self.path / name for name in FILES]
+                for path in paths:
+                    for incomplete in self.path.glob(f".{path.name}.[0-9]*.tmp"):
+                        incomplete.unlink()  # of a killed process
                 if config_path.exists():
                     read_run(self.path).require_same(self.identity)
                 else:
-                    names = ("config.json", "metrics.jsonl", "progress.pt", "adapter.safetensors")
-                    paths = [self.path / name for name in (*names, "scores.json")]
                     program.require_new(paths, "give another --out")
             settings = asdict(self.settings)
             for name in PATHS | {"start"}:
@@ -377,5 +378,4 @@ def load(
     )
     with program.reading(run.path / "adapter.safetensors", TRAIN_AGAIN):
         loaded.adapters.load_state_dict(best)
-    loaded.adapters.eval()
     return loaded

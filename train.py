@@ -13,6 +13,7 @@ Test: pytest tests/unit/test_train.py tests/programs/test_programs.py
 
 import gc
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 import data
 import eval as evaluation
 import kernels
-from baselines import LoRA, MoELoRA, count_parameters, load_method
+from baselines import OWN_METHODS, LoRA, MoELoRA, count_parameters, load_method
 from data import Example, Examples
 from model import Backbone
 from orchmoe import Adapters, OrchMoE, OrchMoEConfig
@@ -458,7 +459,10 @@ def main() -> int:
             )
             return 130
         print_table(score_run(run, device, launch.shard), settings.metric_rules)
-    program.print_line(f"next: python eval.py --run {run.path} --split seen  # or --ask QUESTION")
+    command = ["python", "eval.py", "--run", str(run.path)]
+    if settings.method in OWN_METHODS:
+        command += ["--method", OWN_METHODS[settings.method].source]
+    program.print_line(f"next: {shlex.join(command)} --split seen  # or --ask QUESTION")
     return 0
 
 

@@ -280,7 +280,7 @@ def without_one(loaded: Loaded) -> dict[str, list[float]]:
             if n >= 0:
                 skills[n].c = mean_c[n].expand(len(batch.input_ids), -1)
             total += base.loss(batch.input_ids, batch.attention_mask, batch.labels).item()
-            tokens += batch.target_tokens
+            tokens += int((batch.labels != -100).sum())
         losses.append(total / tokens)
     return {
         "spread": rounded(spread),
@@ -309,7 +309,8 @@ def walk(loaded: Loaded, explored: dict[str, Any]) -> dict[str, Any]:
 
         hooks.append(linear.register_forward_hook(remember))
     with evaluation.routed(base, adapters, batch) as routing:
-        loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels) / batch.target_tokens
+        loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels)
+        loss = loss / (batch.labels != -100).sum()
         loss.backward()
     for hook in hooks:
         hook.remove()

@@ -416,7 +416,7 @@ def our_step(
     def backward(batch):
         with evaluation.routed(base, adapters, batch):
             loss = base.loss(batch.input_ids, batch.attention_mask, batch.labels)
-            loss = loss / batch.target_tokens
+            loss = loss / (batch.labels != -100).sum()
             loss.backward()
         return loss
 

@@ -193,7 +193,8 @@ def test_a_stopped_run_resumes_bit_for_bit_and_is_scored(name, source, home):
     refused("for a method of your own give its file and its class, --method FILE.py:", resume)
     (home / "own.py").rename(home / "elsewhere.py")
     moved = f"--method elsewhere.py:{name}"
-    run(f"{resume} {moved}")
+    output = run(f"{resume} {moved}")
+    assert f"\nnext: python eval.py --run own {moved} --split seen" in output
     assert trace(home / "own") == trace(home / "whole")
     state = state_of(home / "own")
     check_equal(state, state_of(home / "whole"))

@@ -71,7 +71,7 @@ def test_lock_refuses_a_second_process_until_the_first_is_killed(run):
 
 def test_lock_removes_only_half_written_files_of_a_killed_run(run, tmp_path):
     half_written = tmp_path / ".progress.pt.7.tmp"
-    others = [tmp_path / ".somebody.tmp", tmp_path / "other/.scores.json.7.tmp"]
+    others = [tmp_path / ".somebody.7.tmp", tmp_path / "other/.scores.json.7.tmp"]
     for path in (half_written, *others):
         path.parent.mkdir(exist_ok=True)
         path.touch()
