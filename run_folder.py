@@ -110,8 +110,8 @@ def unread_settings(settings: Settings) -> dict[str, str]:
 FILES = ("config.json", "metrics.jsonl", "progress.pt", "adapter.safetensors", "scores.json")
 # What helps if a file of the folder is damaged, or of another run.
 TRAIN_AGAIN = "restore the file, or train again"
-# What helps if the base, the data or the method has changed.
-RESTORE = "restore it (if it moved, give its flag), or start a new run"
+# What helps if a setting, the base, the data or the method is not that of the run.
+RESTORE = "take that of the run (if its files moved, give their flag), or start a new run"
 
 
 class Model(NamedTuple):

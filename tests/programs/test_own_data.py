@@ -240,7 +240,7 @@ def test_changed_rows_are_refused_except_for_questions_and_new_rows(changed):
     for line in need_the_rows:
         error = refused("t5: ", line)
         assert re.search("(train_tasks|held_out) is .*, but the run has", error)
-        assert "; restore it (if it moved, give its flag), or start a new run" in error
+        assert error.strip().endswith(f"; {run_folder.RESTORE}")
     run(ask)
     run(new_rows)
 
