@@ -126,7 +126,7 @@ def require_fit(base: Backbone, examples: Sequence[Example], max_new_tokens: int
     if base.longest is not None and longest > base.longest:
         raise UserError(
             f"--max-source-length: an example and an answer need up to {longest} positions, but "
-            f"the model has {base.longest}; lower it, or the longest target or answer"
+            f"the model has {base.longest} positions; lower it, or the longest target or answer"
         )
 
 
