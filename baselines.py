@@ -158,8 +158,8 @@ class MHR(Poly):
     """Poly with a mixture for each of H heads: parts of a Linear's input and output.
 
     H is our choice, and must divide both widths. A starts as in peft: uniform within 1/sqrt(D/H).
-    So does the noise follow peft, which always trains with it. The authors have published settings
-    with noise and without it.
+    Training adds noise, as peft always does. The authors have published settings with noise and
+    without it.
     Source: Multi-Head Routing, Caccia et al. 2023, arXiv 2211.03831.
     """
 
