@@ -325,13 +325,16 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def tree() -> str:
-    """Return the commit, with "-dirty" if Python files differ from it; "" outside a clone."""
+    """Return the commit, with "-dirty" if Python files differ from it; "" outside a clone.
+
+    Git's own choice of digits depends on the size of the clone, so here it is fixed.
+    """
 
     def git(*words):
         return subprocess.run(["git", "-C", program.ROOT, *words], capture_output=True, text=True)
 
     try:
-        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        commit = git("rev-parse", "--short=7", "HEAD").stdout.strip()
         is_dirty = git("diff", "--quiet", "HEAD", "--", "*.py").returncode != 0
     except OSError:  # there is no git
         return ""

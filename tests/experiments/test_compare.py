@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import time
 import weakref
 from types import SimpleNamespace
@@ -443,6 +444,19 @@ def test_finished_cells_of_another_tree_or_torch_give_one_line(tmp_path, name, c
             cell.require_same()
         said = capsys.readouterr().err
         assert said.count("finished cells were made by another tree or torch (tree") == is_warned
+
+
+def test_the_commit_of_a_cell_has_seven_digits_in_every_clone(tmp_path, monkeypatch):
+    """Git shows more digits in a larger clone. Cells of one commit must name it alike."""
+    who = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for words in (
+        ["init", "--quiet"],
+        [*who, "commit", "--quiet", "--allow-empty", "--message", "first"],
+        ["config", "core.abbrev", "12"],
+    ):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True)
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    assert re.fullmatch("[0-9a-f]{7}", study.tree.__wrapped__())
 
 
 def test_replaced_w_is_the_mean_of_dev_or_that_of_another_sample(monkeypatch):
