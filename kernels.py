@@ -2,8 +2,8 @@
 
 `mix_skills` computes the same as orchmoe.mix_skills, which is its plain specification and has the
 same signature. `compile_blocks` compiles blocks for training, with the skills in their graphs.
-Where Hugging Face's package `kernels` is installed, give your copy of this file another name.
-Otherwise transformers imports it in place of the package, and fails.
+transformers 5.25 and later need a package of the same name, `kernels`. They find this file in its
+place, and fail: give your copy of this file another name, or take an older transformers.
 
     orchmoe.attach(model, config, mix=kernels.mix_skills)
     kernels.compile_blocks(model.blocks)

@@ -80,10 +80,8 @@ def attach_saved(path: str, model: str) -> tuple[Adapters, dict[str, Any]]:
         state = {name: tensor.float() for name, tensor in saved["state"].items()}
 
     # Imported here, since runs of train.py do not need it.
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("--adapter: needs transformers; pip install transformers") from None
+    with program.reading("transformers", 'pip install "transformers<5.25"'):
+        import transformers.modeling_utils  # fails without the classes of models
 
     program.require_path(model, program.DOWNLOAD)
     with program.reading(model, "name a folder that transformers loads"), torch.device("meta"):

@@ -8,7 +8,7 @@ Training writes checkpoints into the folder --out. SIGTERM and Ctrl-C finish the
 --resume continues from the last checkpoint. In a new process, --prompt loads the adapters and
 answers prompts, which must be written as in the data.
 
-    pip install transformers trl datasets bitsandbytes
+    pip install "transformers<5.25" trl datasets bitsandbytes
     python -m integrations.finetune_7b --model Qwen3-8B --data train.jsonl --out run
     python -m integrations.finetune_7b --model Qwen3-8B --out run --prompt "Hot is not" "Up is not"
     python -m integrations.export --adapter run/adapter.pt --model Qwen3-8B --out served
@@ -46,7 +46,7 @@ try:
     )
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
-    packages = "transformers trl datasets bitsandbytes"
+    packages = "'transformers<5.25' trl datasets bitsandbytes"  # see kernels.py
     print(f"finetune_7b.py: error: {error}; pip install {packages}", file=sys.stderr)
     sys.exit(2)
 

@@ -138,7 +138,8 @@ class HubTokenizer:
     longest = LONGEST
 
     def __init__(self, base):
-        remedy = "if it has a tokenizer, pip install transformers protobuf sentencepiece"
+        packages = '"transformers<5.25" protobuf sentencepiece'
+        remedy = f"if it has a tokenizer, pip install {packages}"
         with program.reading(base, remedy):
             import transformers
 
@@ -200,7 +201,8 @@ class PeftModel:
                 B = torch.stack([lora.factors[name][1] for lora in loaded])
                 self.factors[f"base_model.model.{name}.lora_B.weight"] = B
 
-        with program.reading("peft", "pip install transformers peft"):
+        # Later versions of transformers fail beside kernels.py, as its docstring says.
+        with program.reading("peft", 'pip install "transformers<5.25" peft'):
             import peft
             import transformers
 

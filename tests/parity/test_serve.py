@@ -143,7 +143,7 @@ def test_a_llama_server_gets_ids_and_w_of_training_and_peft_is_not_needed(home, 
     assert request["prompt"] == ids[0] and not request["cache_prompt"]
     assert request["n_predict"] == 127, "as long as the longest target of the run"
     assert [lora["scale"] for lora in request["lora"]] == pytest.approx(w[0].tolist(), rel=1e-4)
-    refused("pip install transformers peft", f"{SERVE} --prompt a", cwd=home)
+    refused('pip install "transformers<5.25" peft', f"{SERVE} --prompt a", cwd=home)
 
 
 MISTAKES = {  # flags -> what is said
