@@ -29,10 +29,11 @@ class Comparison(NamedTuple):
 
 
 COMPARISONS = [
-    Comparison("MoE-LoRA", "claim", "first/orchmoe", "first/moe-lora"),
-    Comparison("Poly", "claim", "first/orchmoe", "first/poly"),
-    Comparison("MHR", "claim", "first/orchmoe", "first/mhr"),
-    Comparison("a LoRA", "replication", "tuned/cells/orchmoe", "tuned/cells/tuned_lora"),
+    Comparison("a LoRA", "why", "orchmoe", "lora"),
+    Comparison("MHR", "why", "orchmoe", "mhr"),
+    Comparison("MoE-LoRA, earlier", "claim", "first/orchmoe", "first/moe-lora"),
+    Comparison("Poly, earlier", "claim", "first/orchmoe", "first/poly"),
+    Comparison("MHR, earlier", "claim", "first/orchmoe", "first/mhr"),
 ]
 
 # Sizes in pixels. The comparisons stand below each other, each in a band.

@@ -1,5 +1,7 @@
 """The study of the reasons: what it makes, what it keeps secret, and what its tables say."""
 
+import itertools
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 
 from experiments import why
 from experiments.compare.study import kind_of_cpu
+from experiments.compare.tables import interval, signed, t_p_value
 from helpers import ROOT, run, text_of
 from support import program
 from tasks import read_splits
@@ -340,3 +343,196 @@ def test_cells_that_differ_when_they_are_made_twice_stop_the_study(tuned, tmp_pa
     for _ in range(2):  # also when the stage is run again
         error = stage("cells", tuned, tmp_path, code=2)
         assert "repeated/orchmoe-s300.json: its seen is not that of" in error
+
+
+# ---------------------------------------------------------------------------- the published study
+
+TABLES = text_of(why.RESULTS / "tables.md")
+
+
+@pytest.fixture(scope="module")
+def scores():
+    """Return the scores of the published cells."""
+    return why.Scores(why.read_cells(why.RESULTS))
+
+
+def one_line(name):
+    """Return the text of a page without its line breaks."""
+    return " ".join(text_of(name).split())
+
+
+def nats(values):
+    """Return the mean and the interval over draws or tasks: "-0.021 [-0.028, -0.013]"."""
+    return signed(interval(values[:, None]))
+
+
+def per_cent(values):
+    """Return mean and interval as a change of the perplexity: "-2.0 % [-2.8, -1.3]"."""
+    mean, low, high = (100 * math.expm1(value) for value in interval(values[:, None]))
+    return f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
+
+
+def ends(words):
+    """Return the interval alone of "mean [low, high]"."""
+    return words.partition(" ")[2]
+
+
+def size(value):
+    """Return a number of nats without its sign."""
+    return f"{abs(value):.3f}"
+
+
+def test_the_published_tables_are_those_of_the_cells():
+    assert why.text_of_tables(why.RESULTS, why.read_cells(why.RESULTS)) == TABLES.rstrip("\n")
+
+
+def test_a_second_computation_agrees_with_the_published_tables():
+    command = [sys.executable, why.RESULTS / "recompute.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 + 3 + 3 + 6 + 24
+    for line in lines:
+        difference, _, decision = line.partition("]")
+        [found] = [row for row in TABLES.splitlines() if row.startswith(f"| {difference}]")]
+        assert found.endswith(f"{decision} |")
+
+
+def verdict(pair):
+    """Return the verdict of the published tables on a primary difference."""
+    return line_of(TABLES, f"{why.words_of(pair)} | seen | loss").split(" | ")[-2]
+
+
+def row_of(page, beginning):
+    """Return the cells of the one row of a page that begins so."""
+    [row] = [line for line in text_of(page).splitlines() if line.startswith(f"| {beginning} |")]
+    return row.strip("| ").split(" | ")
+
+
+@pytest.mark.parametrize("name, pair", [("a LoRA | no", why.LORA), ("MHR | yes", why.MHR)])
+def test_the_first_table_of_the_evidence_is_that_of_the_cells(scores, name, pair):
+    seen, unseen = scores.difference(pair, "seen"), scores.difference(pair, "unseen")
+    shown = [nats(seen), f"OrchMoE is {verdict(pair)}", per_cent(seen), nats(unseen)]
+    sizes = scores.cells[pair[1]][0]["parameters"]
+    shown.append(f"{sizes['skills'] + sizes['routing']:,}")
+    assert row_of("docs/evidence.md", name)[2:] == shown
+
+
+@pytest.mark.parametrize("name, pair", [("a LoRA", why.LORA), ("MHR,.*", why.MHR)])
+def test_the_readme_has_the_differences(scores, name, pair):
+    [row] = re.findall(rf"^\| {name} \|.*", text_of("README.md"), re.MULTILINE)
+    change, limits = row.strip("| ").split(" | ")[1:3]
+    mean, ends = per_cent(scores.difference(pair, "seen")).split(" % ")
+    assert (change, limits) == (f"{mean} %", f"{ends[1:-1].replace(', ', ' to ')} %")
+
+
+def test_the_evidence_begins_with_the_verdicts(scores):
+    evidence = one_line("docs/evidence.md")
+    lora, mhr = (scores.difference(pair, "seen") for pair in (why.LORA, why.MHR))
+    assert verdict(why.LORA) == "better" and verdict(why.MHR) == "worse"
+    words = f"its loss on new samples of the training tasks is {size(lora.mean())} nats lower."
+    words += f" MHR, which is told the task, is better than OrchMoE by {size(mhr.mean())} nats."
+    assert words in evidence
+    assert f"(p < 0.0001; {(lora < 0).sum()} of 16 draws)" in evidence
+    assert t_p_value(lora[:, None]) < 1e-4
+    without_one = [t_p_value(np.delete(mhr, draw)[:, None]) for draw in range(len(mhr))]
+    words = f"p = {t_p_value(mhr[:, None]):.4f}, where 0.025 is the limit, and up to "
+    assert words + f"{max(without_one):.3f} without one of the draws" in evidence
+
+
+def test_the_evidence_has_the_effect_of_mixing(scores):
+    parts = [scores.difference(pair, "seen") for pair in why.MIXING]
+    mixing = (parts[0] + parts[1]) / 2
+    rows = [
+        "the mean of the next two rows (planned, p = 0.18: undecided; equivalent within 0.02)",
+        "OrchMoE minus OrchMoE with factors, which had a search of its own",
+        "the same for two rows that know the true task",
+        "the first of these two minus the second",
+    ]
+    for row, values in zip(rows, [mixing, *parts, parts[0] - parts[1]], strict=True):
+        assert row_of("docs/evidence.md", row)[1] == nats(values)
+    p = f"{t_p_value(mixing[:, None]):.2f}"
+    evidence = one_line("docs/evidence.md")
+    assert f"Outputs minus factors: {nats(mixing)} (planned; p = {p})" in evidence
+    assert f"(planned, p = {p}: undecided" in evidence
+    line = line_of(TABLES, "outputs minus factors | seen | loss")
+    assert line.endswith("| undecided | yes |")
+
+
+def test_the_evidence_has_what_routing_adds(scores):
+    frozen, given = (scores.difference(pair, "seen") for pair in why.SECONDARY[:2])
+    row = row_of("docs/evidence.md", "the same with a frozen router")
+    assert row[2:] == [nats(frozen), per_cent(frozen), "not planned"]
+    [row] = re.findall(r"^\| the same, given the true task.*", text_of("docs/evidence.md"), re.M)
+    pair = why.SECONDARY[1]
+    of_tasks = scores.of_tasks("orchmoe", "unseen", "loss")
+    of_tasks = (of_tasks - scores.of_tasks("true task", "unseen", "loss")).mean(axis=0)
+    unseen = f"{nats(scores.difference(pair, 'unseen'))}; over tasks {ends(nats(of_tasks))}"
+    assert row.strip("| ").split(" | ")[2:] == [nats(given), per_cent(given), unseen]
+    evidence = one_line("docs/evidence.md")
+    _, low, _ = interval(frozen[:, None])
+    assert f"stays at its k-means start: {nats(frozen)}. So training it gains" in evidence
+    assert f"gains at most {size(low)}" in evidence
+    assert f"the same with the true task: {nats(given)}" in evidence
+
+
+def test_the_evidence_compares_the_other_rows_with_the_lora_and_with_mhr(scores):
+    leads = []
+    for row in ("frozen router", "true task", "orchmoe, factors", "true task, factors"):
+        mean, _, high = interval(scores.difference((row, "lora"), "seen")[:, None])
+        assert high < 0
+        leads.append(-mean)
+    evidence = one_line("docs/evidence.md")
+    assert f"stays {min(leads):.3f} to {max(leads):.3f} below that of the LoRA" in evidence
+    mean, low, high = interval(scores.difference(("true task", "mhr"), "seen")[:, None])
+    words = f"Given the true task, OrchMoE is behind it by {mean:.3f} [{low:.3f}, {high:+.3f}]"
+    assert words in evidence
+    mean, low, high = interval(-scores.difference(("mhr", "lora"), "seen")[:, None])
+    assert f"MHR's loss is {mean:.3f} [{low:.3f}, {high:.3f}] lower (not corrected)" in evidence
+
+
+def test_the_evidence_says_how_both_methods_changed_between_the_studies(scores):
+    losses = {}
+    for _, _, cell in program.read_jsonl(ROOT / "experiments/results/claim/cells.jsonl"):
+        row, _, _ = cell["name"].rpartition("-s")
+        of_cell = np.mean([task["loss"] for task in cell["seen"]["tasks"].values()])
+        losses.setdefault(row, []).append(of_cell)
+    changes = {}
+    for row in ("orchmoe", "mhr"):
+        now = scores.of_tasks(row, "seen", "loss").mean()
+        changes[row] = now - np.mean(losses[f"first/{row}"])
+    words = f"MHR's mean loss fell by {-changes['mhr']:.3f}, and that of OrchMoE, with the same"
+    words += f" settings, rose by {changes['orchmoe']:.3f}"
+    assert words in one_line("docs/evidence.md")
+
+
+def test_the_evidence_has_the_intervals_over_new_tasks(scores):
+    shown = []
+    for name, pair in (("LoRA", why.LORA), ("MHR", why.MHR)):
+        first, second = (scores.of_tasks(row, "unseen", "loss") for row in pair)
+        interval_of = ends(nats((first - second).mean(axis=0)))
+        low, high = re.findall(r"[-+][\d.]+", interval_of)
+        assert float(low) < 0 < float(high)
+        shown.append(f"{name} {interval_of}")
+    words = f"Those over tasks include zero, too: {', '.join(shown)}."
+    assert words in one_line("docs/evidence.md")
+
+
+def test_the_evidence_says_what_the_answers_show(scores):
+    means, excluding_zero = {}, []
+    others = [row for row in why.ROWS if row != "orchmoe"]
+    kinds = [("seen", "rougeL"), ("unseen", "rougeL"), ("seen", "exact_match")]
+    kinds.append(("unseen", "exact_match"))
+    for row, (which, score) in itertools.product(others, kinds):
+        values = scores.difference(("orchmoe", row), which, score)
+        means[row, which, score] = interval(values[:, None])
+        mean, low, high = means[row, which, score]
+        if low > 0 or high < 0:
+            excluding_zero.append((row, mean))
+    shown = [signed(means["lora", which, score], 2) for which, score in kinds]
+    words = "ROUGE-L is {} on seen and {} on new tasks, exact match {} and {}.".format(*shown)
+    words += " Of 24 such intervals, uncorrected, three exclude zero. All three favour OrchMoE,"
+    words += " none of them against the LoRA."
+    assert words in one_line("docs/evidence.md")
+    assert len(means) == 24 and len(excluding_zero) == 3
+    for row, mean in excluding_zero:
+        assert row != "lora" and mean > 0
