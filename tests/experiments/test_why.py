@@ -397,6 +397,15 @@ def test_a_second_computation_agrees_with_the_published_tables():
         assert found.endswith(f"{decision} |")
 
 
+def test_the_page_of_the_study_has_what_was_not_planned():
+    command = [sys.executable, why.RESULTS / "beyond_plan.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    page = text_of(why.RESULTS / "README.md").splitlines()
+    assert len(lines) == 10 + 1 + 3
+    assert set(lines) <= set(page)
+
+
 def verdict(pair):
     """Return the verdict of the published tables on a primary difference."""
     return line_of(TABLES, f"{why.words_of(pair)} | seen | loss").split(" | ")[-2]
