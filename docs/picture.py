@@ -33,7 +33,7 @@ COMPARISONS = [
     Comparison("MHR", "why", "orchmoe", "mhr"),
     Comparison("MoE-LoRA, earlier", "claim", "first/orchmoe", "first/moe-lora"),
     Comparison("Poly, earlier", "claim", "first/orchmoe", "first/poly"),
-    Comparison("MHR, earlier", "claim", "first/orchmoe", "first/mhr"),
+    Comparison("MHR, earlier form", "claim", "first/orchmoe", "first/mhr"),
 ]
 
 # Sizes in pixels. The comparisons stand below each other, each in a band.
