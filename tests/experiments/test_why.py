@@ -539,8 +539,8 @@ def test_the_evidence_says_what_the_answers_show(scores):
             excluding_zero.append((row, mean))
     shown = [signed(means["lora", which, score], 2) for which, score in kinds]
     words = "ROUGE-L is {} on seen and {} on new tasks, exact match {} and {}.".format(*shown)
-    words += " Of 24 such intervals, uncorrected, three exclude zero. All three favour OrchMoE,"
-    words += " none of them against the LoRA."
+    words += " Of 24 such intervals, uncorrected, three exclude zero. All favour OrchMoE,"
+    words += " none against the LoRA."
     assert words in one_line("docs/evidence.md")
     assert len(means) == 24 and len(excluding_zero) == 3
     for row, mean in excluding_zero:
