@@ -322,7 +322,7 @@ def headline(text: str) -> str:
 
 def default_K(text: str) -> str:
     """Return the sentences of docs/evidence.md about K = 8, as HTML."""
-    found = re.search(r"With\s+K = 8, the default,.+?(?=\n\n)", text, re.DOTALL)
+    found = re.search(r"With\s+K\s=\s8, the default,.+?(?=\n\n)", text, re.DOTALL)
     return inline(unbroken(found[0]))
 
 
