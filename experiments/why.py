@@ -472,29 +472,36 @@ def primary_table(scores: Scores) -> str:
 
 
 def secondary_table(scores: Scores) -> str:
-    """Return the secondary differences. Those on new tasks have a line over tasks, too."""
+    """Return the secondary differences of the loss."""
     lines = []
     for pair in SECONDARY:
         values = scores.difference(pair, "seen")
         lines.append(difference_row(words_of(pair), "seen", "loss", values))
     for pair in UNSEEN:
-        one, other = (scores.of_tasks(row, "unseen", "loss") for row in pair)
-        of_draws = (one - other).mean(axis=1)
-        of_tasks = (one - other).mean(axis=0)
-        lines.append(difference_row(words_of(pair), "new tasks, over draws", "loss", of_draws))
-        lines.append(difference_row(words_of(pair), "new tasks, over tasks", "loss", of_tasks))
+        lines += new_task_rows(scores, pair, "loss")
     return table(HEAD, lines)
+
+
+def new_task_rows(scores: Scores, pair: tuple[str, str], outcome: str) -> list[list[Any]]:
+    """Return two lines about a difference on new tasks: over draws, and over tasks."""
+    one, other = (scores.of_tasks(row, "unseen", OUTCOMES[outcome].score) for row in pair)
+    differences = one - other  # (draws,tasks)
+    return [
+        difference_row(words_of(pair), "new tasks, over draws", outcome, differences.mean(axis=1)),
+        difference_row(words_of(pair), "new tasks, over tasks", outcome, differences.mean(axis=0)),
+    ]
 
 
 def answers_table(scores: Scores) -> str:
     """Return OrchMoE minus each other row in the scores of its answers."""
     lines = []
     for other in list(ROWS)[1:]:
-        for which, name in (("seen", "seen"), ("unseen", "new tasks, over draws")):
-            for outcome in ("ROUGE-L", "exact match"):
-                pair = ("orchmoe", other)
-                values = scores.difference(pair, which, OUTCOMES[outcome].score)
-                lines.append(difference_row(words_of(pair), name, outcome, values))
+        pair = ("orchmoe", other)
+        for outcome in ("ROUGE-L", "exact match"):
+            values = scores.difference(pair, "seen", OUTCOMES[outcome].score)
+            lines.append(difference_row(words_of(pair), "seen", outcome, values))
+        for outcome in ("ROUGE-L", "exact match"):
+            lines += new_task_rows(scores, pair, outcome)
     return table(HEAD, lines)
 
 

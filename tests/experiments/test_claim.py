@@ -75,6 +75,13 @@ def published(stage, other, outcome="loss"):
     return np.array(means["orchmoe"]) - np.array(means[other])
 
 
+def size_of(method):
+    """Return how many weights of a method train."""
+    for _, _, cell in program.read_jsonl(RESULTS / "cells.jsonl"):
+        if cell["name"].startswith(f"first/{method}-s"):
+            return sum(cell["parameters"].values())
+
+
 def per_cent(values):
     """Return mean, low and high as changes of the perplexity: ["-2.2", "-3.1", "-1.3"]."""
     return [f"{100 * math.expm1(value):+.1f}" for value in interval(values)]
@@ -89,6 +96,7 @@ def test_the_evidence_has_the_differences(other):
     cells = row.strip(" |").split(" | ")
     mean, low, high = per_cent(first)
     assert cells[2:5] == [nats[0], "OrchMoE is better", f"{mean} % [{low}, {high}]"]
+    assert cells[-1] == f"{size_of(other):,}"
     [row] = re.findall(rf"^\| {NAMES[other]} \| [-+]0.*", evidence, re.MULTILINE)
     assert [cell for cell in row.strip(" |").split(" | ") if "[" in cell] == nats
 
@@ -101,8 +109,8 @@ def test_the_readme_has_the_differences(other):
 
 
 def test_the_page_of_the_paper_has_the_changes_of_the_perplexity():
-    changes = [100 * -math.expm1(published("first", name).mean()) for name in ("moe-lora", "poly")]
-    words = "by {:.1f} and {:.1f} % of perplexity".format(*changes)
+    changes = {name: 100 * -math.expm1(published("first", name).mean()) for name in NAMES}
+    words = "by {moe-lora:.1f}, {poly:.1f} and {mhr:.1f} % of perplexity".format(**changes)
     assert words in " ".join(text_of("docs/paper.md").split())
 
 

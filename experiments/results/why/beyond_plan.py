@@ -13,6 +13,8 @@ from recompute import FOLDER, cells, interval, minus, of_draws, of_tasks, p_valu
 PAIRS = (("orchmoe", "lora"), ("orchmoe", "mhr"), ("mhr", "lora"))
 OTHERS = ("frozen router", "true task", "orchmoe, factors", "true task, factors")
 TASKS = 10  # so many of the lowest and of the highest differences are left out
+LIMIT = 0.025  # Holm's limit of p for the verdict on MHR
+EPYC_DRAWS = 5  # the first draws are of an AMD EPYC, the others of an Intel Xeon
 
 
 def words(values):
@@ -61,7 +63,9 @@ def single_draws_and_tasks(pair):
     ordered = sorted(value for draw in differences for value in draw.values())
     rest = statistics.fmean(ordered[TASKS:-TASKS])
     name = " minus ".join(pair)
-    return [name, below_zero(ordered), words(medians), f"{rest:+.3f}", in_digits(max(p_values))]
+    above = f"{sum(p >= LIMIT for p in p_values)} of {len(p_values)}"
+    of_draw = [in_digits(max(p_values)), above]
+    return [name, below_zero(ordered), words(medians), f"{rest:+.3f}", *of_draw]
 
 
 def print_line(values):
@@ -79,6 +83,11 @@ def main():
     print()
     for pair in PAIRS:
         print_line(single_draws_and_tasks(pair))
+    print()
+    for pair in PAIRS:
+        values = of_draws(pair)
+        of_cpus = [words(values[:EPYC_DRAWS]), words(values[EPYC_DRAWS:])]
+        print_line([" minus ".join(pair), *of_cpus])
 
 
 if __name__ == "__main__":
