@@ -445,8 +445,8 @@ def test_the_evidence_begins_with_the_verdicts(scores):
     assert t_p_value(lora[:, None]) < 1e-4
     without_one = [t_p_value(np.delete(mhr, draw)[:, None]) for draw in range(len(mhr))]
     above = sum(p >= 0.025 for p in without_one)
-    words = f"p = {t_p_value(mhr[:, None]):.4f}, where 0.025 is the limit. With any one of"
-    assert f"{words} {above} draws left out, p is above it, up to {max(without_one):.3f}" in evidence
+    words = f"p = {t_p_value(mhr[:, None]):.4f}, where 0.025 is the limit. With any one of {above}"
+    assert f"{words} draws left out, p is above it, up to {max(without_one):.3f}" in evidence
 
 
 def test_the_evidence_has_the_effect_of_mixing(scores):
