@@ -500,7 +500,6 @@ def answers_table(scores: Scores) -> str:
         for outcome in ("ROUGE-L", "exact match"):
             values = scores.difference(pair, "seen", OUTCOMES[outcome].score)
             lines.append(difference_row(words_of(pair), "seen", outcome, values))
-        for outcome in ("ROUGE-L", "exact match"):
             lines += new_task_rows(scores, pair, outcome)
     return table(HEAD, lines)
 

@@ -14,7 +14,6 @@ PAIRS = (("orchmoe", "lora"), ("orchmoe", "mhr"), ("mhr", "lora"))
 OTHERS = ("frozen router", "true task", "orchmoe, factors", "true task, factors")
 TASKS = 10  # so many of the lowest and of the highest differences are left out
 LIMIT = 0.025  # Holm's limit of p for the verdict on MHR
-EPYC_DRAWS = 5  # the first draws are of an AMD EPYC, the others of an Intel Xeon
 
 
 def words(values):
@@ -63,9 +62,17 @@ def single_draws_and_tasks(pair):
     ordered = sorted(value for draw in differences for value in draw.values())
     rest = statistics.fmean(ordered[TASKS:-TASKS])
     name = " minus ".join(pair)
+    largest = in_digits(max(p_values))
     above = f"{sum(p >= LIMIT for p in p_values)} of {len(p_values)}"
-    of_draw = [in_digits(max(p_values)), above]
-    return [name, below_zero(ordered), words(medians), f"{rest:+.3f}", *of_draw]
+    return [name, below_zero(ordered), words(medians), f"{rest:+.3f}", largest, above]
+
+
+def of_cpus(pair):
+    """Return the cells of a line about the draws of each kind of CPU."""
+    found = {}
+    for cell, value in zip(cells[pair[0]], of_draws(pair), strict=True):
+        found.setdefault(cell["settings"]["cpu"], []).append(value)
+    return [" minus ".join(pair), *(words(values) for values in found.values())]
 
 
 def print_line(values):
@@ -85,9 +92,7 @@ def main():
         print_line(single_draws_and_tasks(pair))
     print()
     for pair in PAIRS:
-        values = of_draws(pair)
-        of_cpus = [words(values[:EPYC_DRAWS]), words(values[EPYC_DRAWS:])]
-        print_line([" minus ".join(pair), *of_cpus])
+        print_line(of_cpus(pair))
 
 
 if __name__ == "__main__":
