@@ -472,7 +472,7 @@ def primary_table(scores: Scores) -> str:
 
 
 def secondary_table(scores: Scores) -> str:
-    """Return the secondary differences of the loss."""
+    """Return the secondary differences of the loss on seen and on new tasks."""
     lines = []
     for pair in SECONDARY:
         values = scores.difference(pair, "seen")
@@ -483,7 +483,10 @@ def secondary_table(scores: Scores) -> str:
 
 
 def new_task_rows(scores: Scores, pair: tuple[str, str], outcome: str) -> list[list[Any]]:
-    """Return two lines about a difference on new tasks: over draws, and over tasks."""
+    """Return two lines about a difference on new tasks: over draws, and over tasks.
+
+    All draws have the same new tasks.
+    """
     one, other = (scores.of_tasks(row, "unseen", OUTCOMES[outcome].score) for row in pair)
     differences = one - other  # (draws,tasks)
     return [
